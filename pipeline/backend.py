@@ -1,0 +1,84 @@
+"""Backends: where shards are computed. `local` is this process; `ray` is in `pipeline.ray_backend`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pipeline.config import Placement
+from pipeline.rundir import RunColumns
+from pipeline.shard import ShardReport, ShardTask, compute_shard
+from stages.base import Artifact, EngineSpec, FitStage
+from stages.engines.local import LocalHandle, make_engine
+from stages.engines.settings import ModelSettings
+
+
+@dataclass(frozen=True)
+class FitTask:
+    """What a worker needs to know to fit an artifact."""
+
+    stage: FitStage
+    columns: RunColumns
+    targets: RunColumns
+
+
+class Backend(Protocol):
+    """Opens engines and computes with them."""
+
+    async def open(
+        self, engines: Mapping[str, EngineSpec], placements: Mapping[str, Placement]
+    ) -> None:
+        """Have these engines ready, by role; others are closed."""
+        ...
+
+    async def shard(self, task: ShardTask) -> ShardReport:
+        """Compute and commit one shard with the open engines."""
+        ...
+
+    async def fit(self, task: FitTask) -> Artifact:
+        """Fit an artifact with the open engines."""
+        ...
+
+    async def close(self) -> None:
+        """Close every engine, and what this backend itself started."""
+        ...
+
+
+class LocalBackend:
+    """Everything in this process, one engine call at a time."""
+
+    def __init__(self, make: Callable[[str, ModelSettings], Any] = make_engine) -> None:
+        """Keep how engines are made."""
+        self._make = make
+        self._engines: dict[tuple[str, str], Any] = {}
+        self._roles: dict[str, LocalHandle] = {}
+
+    async def open(
+        self, engines: Mapping[str, EngineSpec], placements: Mapping[str, Placement]
+    ) -> None:
+        """Load what is missing and close what isn't needed."""
+        wanted = {(spec.kind, spec.model): spec for spec in engines.values()}
+        for key in [key for key in self._engines if key not in wanted]:
+            self._engines.pop(key).close()
+        for key, spec in wanted.items():
+            if key not in self._engines:
+                self._engines[key] = self._make(spec.kind, spec.settings)
+        self._roles = {
+            role: LocalHandle(self._engines[spec.kind, spec.model])
+            for role, spec in engines.items()
+        }
+
+    async def shard(self, task: ShardTask) -> ShardReport:
+        """Compute and commit one shard."""
+        return await compute_shard(task, self._roles)
+
+    async def fit(self, task: FitTask) -> Artifact:
+        """Fit an artifact."""
+        return await task.stage.fit(task.columns, task.targets, self._roles)
+
+    async def close(self) -> None:
+        """Close every engine."""
+        for engine in self._engines.values():
+            engine.close()
+        self._engines.clear()

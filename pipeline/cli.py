@@ -1,0 +1,196 @@
+"""The `tamis` command.
+
+Exit status: 0 done, 1 the run failed, 2 the config is wrong (or the directory is busy),
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+from stages.errors import ConfigError, RunBusy, TamisError
+
+app = typer.Typer(
+    help="Curate instruction-tuning data: score, rewrite, select, mix, emit.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=V", help="Override a field; repeatable.")
+]
+RestartFrom = Annotated[
+    str | None,
+    typer.Option(metavar="STAGE", help="Accept changes from this stage on, and compute them."),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="A line for every shard.")]
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    set_: Sets = None,
+    restart_from: RestartFrom = None,
+    reuse: Annotated[
+        str | None, typer.Option(metavar="URI", help="Another run whose scores are taken by id.")
+    ] = None,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Run every stage that isn't complete, and leave a data set."""
+    _guarded(lambda: _run(recipe, set_, restart_from, reuse, None, verbose), debug)
+
+
+@app.command()
+def stage(
+    name: Annotated[str, typer.Argument(help="The stage to run.")],
+    recipe: RecipePath,
+    set_: Sets = None,
+    restart_from: RestartFrom = None,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Run one stage; those before it must be complete."""
+    _guarded(lambda: _run(recipe, set_, restart_from, None, name, verbose), debug)
+
+
+@app.command()
+def plan(recipe: RecipePath, set_: Sets = None, debug: Debug = False) -> None:
+    """Say what a run would do, and check all that can be checked without loading a model."""
+
+    def show() -> None:
+        from pipeline.config import read_config
+        from pipeline.status import plan_table
+
+        console().print(plan_table(read_config(recipe, set_ or ())))
+
+    _guarded(show, debug)
+
+
+@app.command()
+def status(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")],
+    debug: Debug = False,
+) -> None:
+    """Say how far a run is."""
+
+    def show() -> None:
+        from pipeline.status import status_table
+
+        console().print(status_table(run))
+
+    _guarded(show, debug)
+
+
+@app.command()
+def verify(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")],
+    debug: Debug = False,
+) -> None:
+    """Count a run's rows again and hash its files again."""
+
+    def show() -> None:
+        from pipeline.verify import verified_files
+
+        console().print(f"{verified_files(run)} files as their manifests say")
+
+    _guarded(show, debug)
+
+
+@app.command()
+def why(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")],
+    row: Annotated[str, typer.Argument(metavar="ID", help="A row's id, or its first digits.")],
+    debug: Debug = False,
+) -> None:
+    """Tell one row's story: where it came from, its scores, and why it was kept or dropped."""
+
+    def show() -> None:
+        from pipeline.why import story
+
+        console().print(story(run, row), highlight=False, markup=False, soft_wrap=True)
+
+    _guarded(show, debug)
+
+
+def main() -> None:
+    """Entry point of the command."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    app()
+
+
+def console() -> Console:
+    """Standard output."""
+    return Console()
+
+
+def _run(
+    recipe: str,
+    overrides: list[str] | None,
+    restart_from: str | None,
+    reuse: str | None,
+    only: str | None,
+    verbose: bool,
+) -> None:
+    from pipeline.config import read_config
+    from pipeline.progress import Lines, LiveTable
+    from pipeline.runner import Event, Run
+
+    _quieten()
+    config = read_config(recipe, overrides or ())
+    shown: list[Callable[[Event], None]] = []
+    job = Run(config, lambda event: shown[0](event), restart_from=restart_from, reuse=reuse)
+    live = sys.stderr.isatty() and not verbose
+    err = Console(stderr=True)
+    display = (
+        LiveTable(err, [only] if only else job.flow.names)
+        if live
+        else Lines(err, every_shard=verbose)
+    )
+    shown.append(display)
+    with display:
+        job.execute(only)
+    if only in (None, "emission"):
+        folder = job.store.child("dataset")
+        console().print(f"data set: {folder.url}", soft_wrap=True, highlight=False)
+        console().print(f"report:   {folder.url}/report.html", soft_wrap=True, highlight=False)
+
+
+def _quieten() -> None:
+    """Keep model libraries' bars and warnings out of the progress display."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def _guarded(action: Callable[[], None], debug: bool) -> None:
+    """Turn errors that a person must act on into one line and an exit status."""
+    try:
+        action()
+    except TamisError as error:
+        if debug:
+            raise
+        wrong = isinstance(error, ConfigError | RunBusy)
+        _exit(f"{'config' if wrong else 'failed'}: {error}", 2 if wrong else 1)
+    except KeyboardInterrupt:
+        # An engine call can't be cancelled and may take minutes; all that counts is committed.
+        Console(stderr=True).print("interrupted; the same command goes on from here")
+        sys.stdout.flush()
+        os._exit(130)
+
+
+def _exit(message: str, code: int) -> NoReturn:
+    Console(stderr=True).print(message, style="red", highlight=False, markup=False, soft_wrap=True)
+    raise typer.Exit(code)

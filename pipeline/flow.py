@@ -1,0 +1,127 @@
+"""The flow: which stages a recipe has, in order, and where the columns that they read come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pipeline.config import Config
+from stages.base import FitStage, RowStage, SetStage
+from stages.dictionary.stage import DictionaryStage
+from stages.difficulty.stage import DifficultyStage
+from stages.embedding.stage import EmbeddingStage
+from stages.emission.stage import EmissionStage
+from stages.errors import ConfigError
+from stages.features.stage import FeaturesStage
+from stages.mixture.stage import MixtureStage, Supply
+from stages.reflection.stage import ReflectionStage
+from stages.rows import ROWS
+from stages.rules import rule_columns
+from stages.selection.stage import SelectionStage
+
+ROW_STAGES = ("difficulty", "reflection", "features", "embedding")
+FIT_STAGES = ("dictionary",)
+SET_STAGES = ("selection", "mixture", "emission")
+ORDER = (
+    "ingest",
+    "difficulty",
+    "reflection",
+    "dictionary",
+    "features",
+    "embedding",
+    "selection",
+    "mixture",
+    "emission",
+)
+
+FOLDERS = {"emission": "dataset"}
+"""Folders in the run directory that aren't called like their stage."""
+
+
+def folder_of(stage: str) -> str:
+    """A stage's folder in the run directory."""
+    return FOLDERS.get(stage, stage)
+
+
+@dataclass(frozen=True)
+class Flow:
+    """The stages of one recipe after ingest, by name, in order."""
+
+    rows: Mapping[str, RowStage]
+    fits: Mapping[str, FitStage]
+    sets: Mapping[str, SetStage]
+
+    @property
+    def names(self) -> list[str]:
+        """All stages, ingest included, in order."""
+        there = {"ingest", *self.rows, *self.fits, *self.sets}
+        return [name for name in ORDER if name in there]
+
+    def home_of(self, before: str) -> dict[str, str]:
+        """The stage that adds each column that exists before a stage."""
+        homes = dict.fromkeys(ROWS.names, "ingest")
+        for name in self.names[: self.names.index(before)]:
+            if name in self.rows:
+                homes |= dict.fromkeys(self.rows[name].columns().adds.names, name)
+        return homes
+
+
+def flow_of(config: Config) -> Flow:
+    """The stages of a recipe, their columns checked against each other.
+
+    Raises:
+        ConfigError: a stage or a rule reads a column that nothing before it adds.
+    """
+    rows: dict[str, RowStage] = {}
+    fits: dict[str, FitStage] = {}
+    models = config.models
+    if config.difficulty:
+        rows["difficulty"] = DifficultyStage(config.difficulty, models)
+    if config.reflection:
+        rows["reflection"] = ReflectionStage(config.reflection, models, config.seed)
+    if config.dictionary:
+        fits["dictionary"] = DictionaryStage(config.dictionary, models, config.seed)
+    if config.features and config.dictionary:
+        rows["features"] = FeaturesStage(config.features, config.dictionary, models)
+    if config.embedding:
+        rows["embedding"] = EmbeddingStage(config.embedding, models)
+    present = [*ROWS.names, *(n for stage in rows.values() for n in stage.columns().adds.names)]
+    flow = Flow(rows, fits, _set_stages(config, tuple(present)))
+    for name, stage in rows.items():
+        known = {*flow.home_of(name), "effective_messages"}
+        named = set(stage.columns().needs)
+        where = rule_columns(stage.settings.where) if stage.settings.where else set()
+        absent = sorted((named | where) - known)
+        if absent:
+            raise ConfigError(
+                f"{name} reads the column {absent[0]!r}, which nothing before it adds; "
+                f"there are {', '.join(sorted(known))}"
+            )
+    return flow
+
+
+def _set_stages(config: Config, present: tuple[str, ...]) -> dict[str, SetStage]:
+    anchors = frozenset(s.name for s in config.sources if s.role == "anchor")
+    sets: dict[str, SetStage] = {
+        "selection": SelectionStage(config.selection, anchors, frozenset(present))
+    }
+    emission = config.emission
+    budget = emission.budget_rows if emission.budget_rows else emission.budget_tokens
+    if config.mixture:
+        names = {source.name for source in config.sources}
+        for kind, shares in (("floors", config.mixture.floors), ("caps", config.mixture.caps)):
+            unknown = sorted(set(shares) - names)
+            if unknown:
+                raise ConfigError(
+                    f"mixture.{kind} names the source {unknown[0]!r}; there are "
+                    f"{', '.join(sorted(names))}"
+                )
+        supply = Supply(
+            budget=float(budget) if budget else None,
+            unit="tokens" if emission.budget_tokens else "rows",
+            repeats={source.name: source.repeats for source in config.sources},
+            anchors=anchors,
+        )
+        sets["mixture"] = MixtureStage(config.mixture, supply, config.seed)
+    sets["emission"] = EmissionStage(emission, config.seed, config.recipe, present)
+    return sets

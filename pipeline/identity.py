@@ -1,0 +1,120 @@
+"""What determines a stage's bytes, and its fingerprint.
+
+The identity is kept beside the stage's output in plain form, so that a change can be named field by
+field; the fingerprint is its hash. Placement and replicas are part of neither.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+from pipeline.config import Config
+from pipeline.flow import Flow
+from stages.base import EngineSpec, RowStage
+from stages.engines.model_files import model_identity, threads_of
+from stages.rows import canonical_json
+
+_LIBRARIES = {
+    "scorer": ("torch", "transformers"),
+    "generator": ("torch", "transformers"),
+    "reader": ("torch", "transformers"),
+    "embedder": ("torch", "sentence-transformers"),
+}
+_REQUEST = ("where", "limit")
+"""Settings that say which rows are asked for, and change no row's value."""
+
+
+def fingerprint(identity: Mapping[str, Any]) -> str:
+    """SHA-256 of a stage's identity; which rows were requested is left out."""
+    value = dict(identity)
+    settings = value.get("settings")
+    if isinstance(settings, Mapping):
+        value["settings"] = {k: v for k, v in settings.items() if k not in _REQUEST}
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def ingest_identity(config: Config) -> dict[str, Any]:
+    """Identity of ingest: its settings and how sources and targets are read (not their content)."""
+    return {
+        "stage": "ingest",
+        "version": 1,
+        "settings": config.ingest.model_dump(mode="json"),
+        "sources": {s.name: s.model_dump(mode="json") for s in config.sources},
+        "targets": {t.name: t.model_dump(mode="json") for t in config.targets},
+        "source_order": [s.name for s in config.sources],
+    }
+
+
+def stage_identities(config: Config, flow: Flow) -> dict[str, dict[str, Any]]:
+    """The identity of every stage, in order; reads model files to hash them, loads none."""
+    identities: dict[str, dict[str, Any]] = {"ingest": ingest_identity(config)}
+    for name in flow.names[1:]:
+        if name in flow.rows:
+            stage: Any = flow.rows[name]
+            upstream = _upstream(flow, stage, identities)
+            fitted = {artifact: fingerprint(identities[artifact]) for artifact in stage.artifacts()}
+        elif name in flow.fits:
+            stage, upstream, fitted = flow.fits[name], {}, {}
+        else:
+            stage, upstream, fitted = flow.sets[name], {}, {}
+        identity: dict[str, Any] = {
+            "stage": name,
+            "version": stage.version,
+            "settings": stage.settings.model_dump(mode="json"),
+            "seed": config.seed,
+        }
+        if name in flow.rows or name in flow.fits:
+            identity["models"] = {
+                role: _model(spec, config) for role, spec in sorted(stage.engines().items())
+            }
+            identity["upstream"] = upstream
+            identity["artifacts"] = fitted
+        if name in ("mixture", "emission"):
+            identity["sources"] = {
+                s.name: s.model_dump(mode="json", include={"license", "repeats", "role"})
+                for s in config.sources
+            }
+        if name == "mixture":
+            identity["budget"] = config.emission.model_dump(
+                mode="json", include={"budget_rows", "budget_tokens"}
+            )
+        if name == "emission":
+            identity["name"] = config.name
+        identities[name] = identity
+    return identities
+
+
+def generation_identity(spec: EngineSpec, config: Config) -> str:
+    """What a cached generation depends on besides its prompt, sampling and seed."""
+    return canonical_json(_model(spec, config))
+
+
+def _model(spec: EngineSpec, config: Config) -> dict[str, Any]:
+    placement = config.execution.engines.get(spec.model)
+    on_gpu = bool(placement and placement.gpus)
+    names = _LIBRARIES[spec.kind] if spec.settings.engine == "transformers" else ("vllm",)
+    return {
+        "kind": spec.kind,
+        "settings": spec.settings.model_dump(mode="json"),
+        "weights": model_identity(spec.settings.model),
+        "numerics": {
+            **{name: version(name) for name in names},
+            "machine": platform.machine(),
+            "device": "cuda" if on_gpu else "cpu",
+            **({} if on_gpu else {"threads": threads_of(spec.settings)}),
+        },
+    }
+
+
+def _upstream(flow: Flow, stage: RowStage, identities: Mapping[str, Any]) -> dict[str, str]:
+    """Fingerprints of the row stages whose columns a row stage reads."""
+    homes = flow.home_of(stage.name)
+    needs = set(stage.columns().needs)
+    if "effective_messages" in needs and "messages_reflected" in homes:
+        needs.add("messages_reflected")
+    found = {homes[column] for column in needs if column in homes} - {"ingest"}
+    return {name: fingerprint(identities[name]) for name in sorted(found)}

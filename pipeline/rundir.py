@@ -1,0 +1,232 @@
+"""The run directory: manifests, columns of shards, and the lock.
+
+`identity.json` is written when a stage starts, `manifest.json` when it is complete; a stage without a
+manifest is unfinished, and its committed shards count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import pyarrow as pa
+
+from pipeline.flow import folder_of
+from stages.errors import RunBusy, StageError
+from stages.rows import effective_messages
+from stages.storage import Store
+
+T = TypeVar("T")
+
+MANIFEST = "manifest.json"
+IDENTITY = "identity.json"
+_HEARTBEAT_S = 10.0
+_STALE_S = 60.0
+
+
+def read_manifest(run: Store, stage: str) -> dict[str, Any] | None:
+    """A stage's manifest; None where the stage isn't complete."""
+    return _json(run, f"{folder_of(stage)}/{MANIFEST}")
+
+
+def read_identity(run: Store, stage: str) -> dict[str, Any] | None:
+    """The identity that a stage was started with; None where it never was."""
+    return _json(run, f"{folder_of(stage)}/{IDENTITY}")
+
+
+def start_stage(run: Store, stage: str, identity: Mapping[str, Any]) -> None:
+    """Record what a stage is about to be computed with, and that it isn't complete."""
+    folder = run.child(folder_of(stage))
+    folder.remove(MANIFEST)
+    folder.write_json(IDENTITY, identity)
+
+
+def finish_stage(
+    run: Store,
+    stage: str,
+    files: Sequence[str],
+    table_rows: Mapping[str, int],
+    **facts: Any,
+) -> dict[str, Any]:
+    """Write a stage's manifest, which makes it complete.
+
+    Args:
+        run: the run directory.
+        stage: name of the stage.
+        files: paths in its folder, in order.
+        table_rows: rows of the files that are tables.
+        facts: fingerprint, inputs, counts, report and whatever else belongs in it.
+    """
+    folder = run.child(folder_of(stage))
+    listed = [
+        {
+            "path": name,
+            "bytes": folder.size(name),
+            "sha256": folder.sha256(name),
+            **({"rows": table_rows[name]} if name in table_rows else {}),
+        }
+        for name in files
+    ]
+    digest = hashlib.sha256("".join(str(entry["sha256"]) for entry in listed).encode()).hexdigest()
+    manifest = {"stage": stage, **facts, "files": listed, "digest": digest}
+    folder.write_json(MANIFEST, manifest)
+    return manifest
+
+
+def parts(run: Store, folder: str) -> list[str]:
+    """Names of the committed shards in a folder, in order."""
+    return [
+        name
+        for name in run.names(folder)
+        if name.startswith("part-") and name.endswith(".parquet")
+    ]
+
+
+def ids_digest(ids: pa.ChunkedArray | pa.Array) -> str:
+    """Hash of a shard's ids in order: which rows a shard of columns belongs to."""
+    return hashlib.blake2b("".join(ids.to_pylist()).encode(), digest_size=16).hexdigest()
+
+
+def read_columns(
+    run: Store, part: str, names: Sequence[str], homes: Mapping[str, str], *, targets: bool = False
+) -> pa.Table:
+    """Named columns of one shard, zipped by position from the stages that added them.
+
+    Args:
+        run: the run directory.
+        part: the shard's file name.
+        names: columns; `effective_messages` stands for coalesce(messages_reflected, messages).
+        homes: the stage that adds each column.
+        targets: read the target rows' shard instead (they are never rewritten).
+
+    Raises:
+        StageError: shards of the same number hold other rows.
+    """
+    wanted = dict.fromkeys(names)
+    if "effective_messages" in wanted:
+        wanted |= {"messages": None}
+        if "messages_reflected" in homes and not targets:
+            wanted |= {"messages_reflected": None}
+    by_stage: dict[str, list[str]] = {}
+    for name in wanted:
+        if name == "effective_messages":
+            continue
+        home = "ingest" if name == "task" else homes[name]
+        by_stage.setdefault(home, []).append(name)
+    columns: dict[str, Any] = {}
+    ids: list[str] | None = None
+    for stage, stage_names in by_stage.items():
+        folder = f"{folder_of(stage)}/targets" if targets else folder_of(stage)
+        table = run.read_table(f"{folder}/{part}", list(dict.fromkeys(["id", *stage_names])))
+        found = table["id"].to_pylist()
+        if ids is not None and found != ids:
+            raise StageError(
+                f"{folder}/{part} holds other rows than the shard beside it; "
+                f"run again with --restart-from {stage}",
+                stage=stage,
+            )
+        ids = found
+        columns |= {name: table[name] for name in stage_names}
+    if "effective_messages" in names:
+        columns["effective_messages"] = effective_messages(pa.table(columns))
+    return pa.table({name: columns[name] for name in names})
+
+
+@dataclass(frozen=True)
+class RunColumns:
+    """Columns of all shards of a run: the ShardedColumns that fit and set stages read."""
+
+    run: Store
+    part_names: tuple[str, ...]
+    homes: Mapping[str, str]
+    rows: int
+    targets: bool = False
+
+    @property
+    def n_rows(self) -> int:
+        """Rows in all shards."""
+        return self.rows
+
+    def iter(self, names: Sequence[str]) -> Iterator[pa.Table]:
+        """One table a shard, with the named columns."""
+        for part in self.part_names:
+            yield read_columns(self.run, part, names, self.homes, targets=self.targets)
+
+    def map(
+        self, names: Sequence[str], fn: Callable[[pa.Table], T], merge: Callable[[T, T], T]
+    ) -> T:
+        """`fn` of every shard's columns, merged in shard order."""
+        results = (fn(table) for table in self.iter(names))
+        total = next(results)
+        for result in results:
+            total = merge(total, result)
+        return total
+
+
+class RunLock:
+    """Keeps a second process out of a run directory, by a file with a heartbeat."""
+
+    def __init__(self, run: Store) -> None:
+        """Name the directory."""
+        self._run = run
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> RunLock:
+        """Take the lock.
+
+        Raises:
+            RunBusy: another live process holds it.
+        """
+        while not self._run.create("lock.json", self._note()):
+            holder = _json(self._run, "lock.json") or {}
+            if _is_alive(holder):
+                raise RunBusy(
+                    f"{self._run.url} is in use by process {holder.get('pid')} on "
+                    f"{holder.get('host')}; wait for it, or use another run directory"
+                )
+            self._run.remove("lock.json")
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give the lock back."""
+        self._stop.set()
+        if self._thread:
+            self._thread.join()
+        self._run.remove("lock.json")
+
+    def _beat(self) -> None:
+        while not self._stop.wait(_HEARTBEAT_S):
+            self._run.write_bytes("lock.json", self._note())
+
+    def _note(self) -> bytes:
+        pid, host = os.getpid(), socket.gethostname()
+        return f'{{"pid": {pid}, "host": "{host}", "beat": {time.time():.0f}}}\n'.encode()
+
+
+def _is_alive(holder: Mapping[str, Any]) -> bool:
+    """Whether the lock's holder still runs: its process on this machine, else its heartbeat."""
+    if holder.get("host") == socket.gethostname():
+        try:
+            os.kill(int(holder.get("pid", 0)), 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            return True
+        return int(holder.get("pid", 0)) != 0
+    return time.time() - float(holder.get("beat", 0)) < _STALE_S
+
+
+def _json(run: Store, name: str) -> dict[str, Any] | None:
+    if not run.exists(name):
+        return None
+    value: dict[str, Any] = run.read_json(name)
+    return value

@@ -1,0 +1,518 @@
+"""The run: every stage in order, doing only what is missing."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pipeline.backend import Backend, FitTask, LocalBackend
+from pipeline.config import Config, changed_fields, recipe_yaml, run_store
+from pipeline.flow import Flow, flow_of, folder_of
+from pipeline.identity import fingerprint, generation_identity, stage_identities
+from pipeline.rundir import (
+    IDENTITY,
+    MANIFEST,
+    RunColumns,
+    RunLock,
+    finish_stage,
+    ids_digest,
+    parts,
+    read_columns,
+    read_identity,
+    read_manifest,
+    start_stage,
+)
+from pipeline.shard import ShardReport, ShardTask, is_committed
+from stages.base import RowStage
+from stages.errors import ConfigError, StageError
+from stages.ingest import content_of, ingest
+from stages.rows import NOT_REQUESTED, OK, key_hash
+from stages.rules import rule_columns, rule_mask
+from stages.storage import Store, parquet_bytes
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something worth showing: a stage that started, a shard that was committed, a stage that ended."""
+
+    stage: str
+    kind: str
+    done: int = 0
+    total: int = 0
+    rows: int = 0
+    seconds: float = 0.0
+    note: str = ""
+
+
+Listener = Callable[[Event], None]
+
+
+@dataclass
+class Run:
+    """One run: a config, its flow and directory, and how it reports."""
+
+    config: Config
+    listener: Listener
+    restart_from: str | None = None
+    reuse: str | None = None
+    backend: Backend | None = None
+
+    def __post_init__(self) -> None:
+        """Build the flow and the stages' identities.
+
+        Raises:
+            ConfigError: stages don't fit each other, or a model isn't there.
+        """
+        self.store = run_store(self.config)
+        self.flow: Flow = flow_of(self.config)
+        if self.restart_from and self.restart_from not in self.flow.names:
+            raise ConfigError(
+                f"--restart-from {self.restart_from}: the stages are {', '.join(self.flow.names)}"
+            )
+        self.identities = stage_identities(self.config, self.flow)
+
+    def execute(self, only: str | None = None) -> None:
+        """Run all stages, or one whose predecessors are complete.
+
+        Raises:
+            TamisError: as the stages say.
+        """
+        names = self.flow.names
+        if only is not None and only not in names:
+            raise ConfigError(f"no stage {only!r}; the stages are {', '.join(names)}")
+        changes = self.changes()
+        refused = [text for stage, texts in changes.items() for text in texts]
+        if refused:
+            first = next(iter(changes))
+            raise ConfigError(
+                f"{self.store.url} was made with another recipe: {'; '.join(refused)}; run with "
+                f"--restart-from {first} to compute again from there, or use another run directory"
+            )
+        with RunLock(self.store):
+            asyncio.run(self._execute(names if only is None else [only]))
+
+    def changes(self) -> dict[str, list[str]]:
+        """Differences from what the directory was made with, by stage, where they aren't allowed."""
+        names = self.flow.names
+        free = names.index(self.restart_from) if self.restart_from else len(names)
+        found: dict[str, list[str]] = {}
+        for stage in names[:free]:
+            recorded = read_identity(self.store, stage)
+            if recorded is not None and recorded != self.identities[stage]:
+                differing = changed_fields(recorded, self.identities[stage], stage)
+                own = [text for text in differing if ".upstream." not in text
+                       and ".artifacts." not in text]  # fmt: skip
+                found[stage] = own or differing
+        return found
+
+    async def _execute(self, names: Sequence[str]) -> None:
+        self._restart()
+        self.store.write_bytes("recipe.yaml", recipe_yaml(self.config).encode())
+        try:
+            for name in names:
+                await self._stage(name)
+        finally:
+            if self.backend is not None:
+                await self.backend.close()
+
+    def _restart(self) -> None:
+        """Make the stages from `restart_from` on unfinished; their shards stay, to be reused by id."""
+        if not self.restart_from:
+            return
+        names = self.flow.names
+        start = names.index(self.restart_from)
+        for stage in names[start:]:
+            folder = self.store.child(folder_of(stage))
+            changed = read_identity(self.store, stage) != self.identities[stage]
+            if stage == self.restart_from or changed:
+                folder.remove(MANIFEST)
+                if stage in self.flow.rows and stage == self.restart_from:
+                    for inner in ("", "targets/"):
+                        for part in parts(self.store, f"{folder_of(stage)}/{inner}".rstrip("/")):
+                            folder.remove(f"{inner}{part}")
+
+    async def _stage(self, name: str) -> None:
+        started = time.monotonic()
+        before = self.flow.names[: self.flow.names.index(name)]
+        for earlier in before:
+            if read_manifest(self.store, earlier) is None:
+                raise ConfigError(
+                    f"stage {name} needs {earlier}, which isn't complete; run `tamis run`, or "
+                    f"`tamis stage {earlier}` first"
+                )
+        inputs = self._inputs(name)
+        manifest = read_manifest(self.store, name)
+        if manifest is not None and self._is_current(name, manifest, inputs):
+            self.listener(Event(name, "kept", rows=int(manifest.get("rows", 0))))
+            return
+        start_stage(self.store, name, self.identities[name])
+        if name == "ingest":
+            rows = self._ingest(inputs)
+        elif name in self.flow.rows:
+            rows = await self._row_stage(name, inputs)
+        elif name in self.flow.fits:
+            rows = await self._fit_stage(name, inputs)
+        else:
+            rows = self._set_stage(name, inputs)
+        self.listener(Event(name, "done", rows=rows, seconds=time.monotonic() - started))
+
+    def _is_current(
+        self, name: str, manifest: Mapping[str, Any], inputs: Mapping[str, Any]
+    ) -> bool:
+        if read_identity(self.store, name) != self.identities[name]:
+            return False
+        if name in self.flow.fits and not self._refits(name):
+            mine = {key: value for key, value in inputs.items() if key == "targets"}
+            return bool(manifest["inputs"].get("targets") == mine.get("targets"))
+        return bool(manifest["inputs"] == dict(inputs))
+
+    def _refits(self, name: str) -> bool:
+        return bool(getattr(self.flow.fits[name].settings, "refit", True))
+
+    def _inputs(self, name: str) -> dict[str, Any]:
+        """Digests of what a stage reads; for ingest, the content of the sources."""
+        if name == "ingest":
+            content = content_of([*self.config.sources, *self.config.targets])
+            return {source: [list(pair) for pair in pairs] for source, pairs in content.items()}
+        found: dict[str, Any] = {}
+        for earlier in self._reads(name):
+            manifest = read_manifest(self.store, earlier)
+            if manifest is None:
+                continue
+            if earlier == "ingest":
+                split = manifest["report"]["digests"]
+                found |= {"rows": split["rows"], "targets": split["targets"]}
+            else:
+                found[earlier] = manifest["digest"]
+        return found
+
+    def _reads(self, name: str) -> list[str]:
+        """Earlier stages whose output a stage reads: for set stages all of them."""
+        before = self.flow.names[: self.flow.names.index(name)]
+        if name in self.flow.sets:
+            return before
+        upstream = self.identities[name]["upstream"]
+        artifacts = self.identities[name]["artifacts"]
+        return [stage for stage in before if stage == "ingest" or stage in {**upstream, **artifacts}]
+
+    def _ingest(self, inputs: Mapping[str, Any]) -> int:
+        self.listener(Event("ingest", "start"))
+        started = time.monotonic()
+        folder = self.store.child("ingest")
+        for old in ("rejects", "targets", *parts(self.store, "ingest")):
+            folder.remove(old)
+        mark = fingerprint(self.identities["ingest"])
+        report = ingest(
+            self.config.sources,
+            self.config.targets,
+            self.config.ingest,
+            folder,
+            metadata={"stage": "ingest", "fingerprint": mark},
+        )
+        found = [*parts(self.store, "ingest")]
+        targets = [f"targets/{part}" for part in parts(self.store, "ingest/targets")]
+        rejects = [f"rejects/{part}" for part in parts(self.store, "ingest/rejects")]
+        ids = {part: folder.read_table(part, ["id"])["id"] for part in [*found, *targets]}
+        rows = sum(len(ids[part]) for part in found)
+        digests = {
+            "rows": _joined(ids_digest(ids[part]) for part in found),
+            "targets": _joined(folder.sha256(part) for part in targets),
+            "parts": {part: ids_digest(ids[part]) for part in [*found, *targets]},
+        }
+        finish_stage(
+            self.store,
+            "ingest",
+            [*found, *targets, *rejects],
+            {part: len(ids[part]) for part in [*found, *targets]},
+            fingerprint=mark,
+            inputs=dict(inputs),
+            rows=rows,
+            seconds=round(time.monotonic() - started, 3),
+            report={**report.as_dict(), "digests": digests},
+        )
+        self._check_budget(rows)
+        return rows
+
+    def _check_budget(self, rows: int) -> None:
+        budget = self.config.emission.budget_rows
+        repeats = max(source.repeats for source in self.config.sources)
+        if budget and budget > rows * repeats:
+            raise ConfigError(
+                f"emission.budget_rows is {budget}, and ingest kept {rows} rows; lower the budget, "
+                "add sources, or raise a source's repeats"
+            )
+
+    async def _row_stage(self, name: str, inputs: Mapping[str, Any]) -> int:
+        started = time.monotonic()
+        stage = self.flow.rows[name]
+        mark = fingerprint(self.identities[name])
+        homes = self.flow.home_of(name)
+        found = parts(self.store, "ingest")
+        target_parts = parts(self.store, "ingest/targets") if stage.on_targets else []
+        limit_key = self._limit_key(stage, found, homes)
+        tasks = [
+            self._task(stage, part, homes, mark, targets=targets, limit_key=limit_key)
+            for targets, names in ((False, found), (True, target_parts))
+            for part in names
+        ]
+        digests = (read_manifest(self.store, "ingest") or {})["report"]["digests"]["parts"]
+        pending = [
+            task
+            for task in tasks
+            if not is_committed(task, digests[f"targets/{task.part}" if task.targets else task.part])
+        ]
+        pending = self._with_reuse(stage, pending, mark)
+        self.listener(
+            Event(name, "start", done=len(tasks) - len(pending), total=len(tasks))
+        )
+        reports = await self._shards(stage, pending, len(tasks)) if pending else []
+        folder = self.store.child(folder_of(name))
+        self._drop_stale(name, {task.part for task in tasks if not task.targets})
+        files = [f"targets/{t.part}" if t.targets else t.part for t in tasks]
+        tables = {file: folder.read_table(file, [f"{name}_status"]) for file in files}
+        statuses: Counter[str] = Counter()
+        for file, table in tables.items():
+            if not file.startswith("targets/"):
+                statuses.update(
+                    s if s in (OK, NOT_REQUESTED) else ": ".join(s.split(": ")[:2])
+                    for s in table[f"{name}_status"].to_pylist()
+                )
+        self._check_failures(name, statuses)
+        rows = sum(statuses.values())
+        finish_stage(
+            self.store,
+            name,
+            files,
+            {file: table.num_rows for file, table in tables.items()},
+            fingerprint=mark,
+            inputs=dict(inputs),
+            rows=rows,
+            seconds=round(time.monotonic() - started, 3),
+            counts=dict(sorted(statuses.items())),
+            rows_computed=sum(report.computed for report in reports),
+            rows_reused=sum(report.reused for report in reports),
+            shards_computed=len(pending),
+            models={role: spec.settings.model for role, spec in stage.engines().items()},
+            numerics={r: m["numerics"] for r, m in self.identities[name]["models"].items()},
+        )
+        return rows
+
+    def _task(
+        self,
+        stage: RowStage,
+        part: str,
+        homes: Mapping[str, str],
+        mark: str,
+        *,
+        targets: bool,
+        limit_key: int | None,
+    ) -> ShardTask:
+        return ShardTask(
+            run=self.store.url,
+            stage=stage,
+            part=part,
+            homes=homes,
+            fingerprint=mark,
+            seed=self.config.seed,
+            targets=targets,
+            limit_key=None if targets else limit_key,
+            artifacts={
+                name: self.store.child(folder_of(name)).url for name in stage.artifacts()
+            },
+            cache=self.config.execution.cache,
+            generation={
+                role: generation_identity(spec, self.config)
+                for role, spec in stage.engines().items()
+                if spec.kind == "generator"
+            },
+        )
+
+    def _limit_key(
+        self, stage: RowStage, found: Sequence[str], homes: Mapping[str, str]
+    ) -> int | None:
+        """The hash up to which rows are asked for, so that `limit` rows are."""
+        limit, where = stage.settings.limit, stage.settings.where
+        if limit is None:
+            return None
+        names = ["id", *(sorted(rule_columns(where) - {"id"}) if where else [])]
+        keys: list[int] = []
+        for part in found:
+            table = read_columns(self.store, part, names, homes)
+            if where:
+                table = table.filter(rule_mask(where, table))
+            fresh = [key_hash(row, self.config.seed) for row in table["id"].to_pylist()]
+            keys = heapq.nsmallest(limit, [*keys, *fresh])
+        return keys[-1] if keys else 0
+
+    def _with_reuse(
+        self, stage: RowStage, pending: Sequence[ShardTask], mark: str
+    ) -> list[ShardTask]:
+        """Set shards of other rows aside, and name all files that may hold these rows' columns."""
+        folder = folder_of(stage.name)
+        for inner in ("", "/targets"):
+            names = {task.part for task in pending if task.targets == bool(inner)}
+            for part in parts(self.store, folder + inner):
+                digest = self.store.table_metadata(f"{folder}{inner}/{part}")["rows"]
+                if part in names:
+                    stale = f"{folder}{inner}/stale-{digest}.parquet"
+                    self.store.rename(f"{folder}{inner}/{part}", stale)
+        ready: list[ShardTask] = []
+        for task in pending:
+            sources = [self.store.child(task.folder)]
+            if self.reuse:
+                sources.append(Store(self.reuse).child(task.folder))
+            urls = tuple(
+                f"{source.url}/{name}"
+                for source in sources
+                for name in source.names()
+                if name.endswith(".parquet")
+                and source.table_metadata(name).get("fingerprint") == mark
+            )
+            ready.append(replace(task, reuse=urls))
+        return ready
+
+    def _drop_stale(self, name: str, current: set[str]) -> None:
+        folder = self.store.child(folder_of(name))
+        for inner in ("", "targets/"):
+            for file in folder.names(inner.rstrip("/")):
+                beyond = file.startswith("part-") and not inner and file not in current
+                if file.startswith("stale-") or beyond:
+                    folder.remove(inner + file)
+
+    async def _shards(
+        self, stage: RowStage, pending: Sequence[ShardTask], total: int
+    ) -> list[ShardReport]:
+        backend = await self._open(stage)
+        gate = asyncio.Semaphore(self.config.execution.shards_in_flight)
+        reports: list[ShardReport] = []
+
+        async def one(task: ShardTask) -> None:
+            async with gate:
+                report = await backend.shard(task)
+            reports.append(report)
+            self.listener(
+                Event(
+                    stage.name,
+                    "shard",
+                    done=total - len(pending) + len(reports),
+                    total=total,
+                    rows=report.rows,
+                    seconds=report.seconds,
+                    note=f"{'targets ' if task.targets else ''}{report.part}",
+                )
+            )
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for task in pending:
+                    group.create_task(one(task))
+        except ExceptionGroup as failures:
+            # The first failure cancels the rest; theirs say nothing more.
+            raise failures.exceptions[0] from None
+        return reports
+
+    def _check_failures(self, name: str, statuses: Mapping[str, int]) -> None:
+        failed = {status: n for status, n in statuses.items() if status.startswith("failed")}
+        asked = sum(n for status, n in statuses.items() if status != NOT_REQUESTED)
+        allowed = self.config.max_failed_share
+        if asked == 0:
+            raise StageError(
+                f"{name}: no row was asked for; loosen its where or limit", stage=name
+            )
+        if sum(failed.values()) > allowed * asked:
+            counted = ", ".join(f"{n} × {status}" for status, n in sorted(failed.items()))
+            raise StageError(
+                f"{name}: {sum(failed.values())} of {asked} rows failed ({counted}), more than "
+                f"max_failed_share {allowed:g}; mend the rows, or raise it",
+                stage=name,
+            )
+
+    async def _fit_stage(self, name: str, inputs: Mapping[str, Any]) -> int:
+        started = time.monotonic()
+        stage = self.flow.fits[name]
+        self.listener(Event(name, "start", total=1))
+        backend = await self._open(stage)
+        columns, targets = self._columns(name), self._targets(name)
+        artifact = await backend.fit(FitTask(stage, columns, targets))
+        folder = self.store.child(folder_of(name))
+        for file, data in artifact.files.items():
+            folder.write_bytes(file, data)
+        finish_stage(
+            self.store,
+            name,
+            sorted(artifact.files),
+            {},
+            fingerprint=fingerprint(self.identities[name]),
+            inputs=dict(inputs),
+            rows=columns.n_rows,
+            seconds=round(time.monotonic() - started, 3),
+            report=artifact.report,
+            models={role: spec.settings.model for role, spec in stage.engines().items()},
+        )
+        return columns.n_rows
+
+    def _set_stage(self, name: str, inputs: Mapping[str, Any]) -> int:
+        started = time.monotonic()
+        stage = self.flow.sets[name]
+        self.listener(Event(name, "start", total=1))
+        columns = self._columns(name)
+        before = self.flow.names[: self.flow.names.index(name)]
+        stores = {earlier: self.store.child(folder_of(earlier)) for earlier in before}
+        outcome = stage.decide(columns, self._targets(name), stores)
+        folder = self.store.child(folder_of(name))
+        for old in folder.names():
+            if old not in (IDENTITY,):
+                folder.remove(old)
+        mark = fingerprint(self.identities[name])
+        for file, table in outcome.tables.items():
+            folder.write_bytes(file, parquet_bytes(table, {"stage": name, "fingerprint": mark}))
+        for file, data in outcome.files.items():
+            folder.write_bytes(file, data)
+        finish_stage(
+            self.store,
+            name,
+            sorted([*outcome.tables, *outcome.files]),
+            {file: table.num_rows for file, table in outcome.tables.items()},
+            fingerprint=mark,
+            inputs=dict(inputs),
+            rows=columns.n_rows,
+            seconds=round(time.monotonic() - started, 3),
+            report=outcome.report,
+        )
+        return columns.n_rows
+
+    def _columns(self, name: str) -> RunColumns:
+        rows = int((read_manifest(self.store, "ingest") or {})["rows"])
+        found = tuple(parts(self.store, "ingest"))
+        return RunColumns(self.store, found, self.flow.home_of(name), rows)
+
+    def _targets(self, name: str) -> RunColumns:
+        folder = self.store.child("ingest/targets")
+        found = tuple(parts(self.store, "ingest/targets"))
+        rows = sum(folder.read_table(part, ["id"]).num_rows for part in found)
+        return RunColumns(self.store, found, self.flow.home_of(name), rows, targets=True)
+
+    async def _open(self, stage: Any) -> Backend:
+        if self.backend is None:
+            self.backend = make_backend(self.config)
+        await self.backend.open(stage.engines(), self.config.execution.engines)
+        return self.backend
+
+
+def make_backend(config: Config) -> Backend:
+    """The backend that the config names."""
+    if config.execution.backend == "local":
+        return LocalBackend()
+    from pipeline.ray_backend import RayBackend
+
+    return RayBackend(config.execution.place_timeout_s, config.execution.shards_in_flight)
+
+
+def _joined(digests: Any) -> str:
+    return fingerprint({"parts": list(digests)})
+

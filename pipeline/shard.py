@@ -1,0 +1,186 @@
+"""One shard of one row stage: read its rows, compute what isn't known yet, commit it whole.
+
+The same function runs in this process and in Ray's workers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.flow import folder_of
+from pipeline.rundir import ids_digest, read_columns
+from stages.base import RowStage, checked_columns
+from stages.engines.generation_cache import CachedGenerator
+from stages.rows import NOT_REQUESTED, key_hash
+from stages.rules import rule_columns, rule_mask
+from stages.storage import Store
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """What a worker needs to know of a shard."""
+
+    run: str
+    stage: RowStage
+    part: str
+    homes: Mapping[str, str]
+    fingerprint: str
+    seed: int
+    targets: bool = False
+    limit_key: int | None = None
+    reuse: tuple[str, ...] = ()
+    artifacts: Mapping[str, str] = field(default_factory=dict)
+    cache: str = ""
+    generation: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> str:
+        """The stage's folder for these rows."""
+        folder = folder_of(self.stage.name)
+        return f"{folder}/targets" if self.targets else folder
+
+    def footer(self, rows: str) -> dict[str, str]:
+        """What a committed shard's footer says of it."""
+        return {
+            "stage": self.stage.name,
+            "fingerprint": self.fingerprint,
+            "rows": rows,
+            "requested": "" if self.limit_key is None else str(self.limit_key),
+        }
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What became of a shard's rows."""
+
+    part: str
+    rows: int
+    computed: int
+    reused: int
+    statuses: Mapping[str, int]
+    seconds: float
+
+
+def is_committed(task: ShardTask, rows: str) -> bool:
+    """Whether the shard is there, of this stage as it is now and of these rows."""
+    store = Store(task.run)
+    name = f"{task.folder}/{task.part}"
+    return store.exists(name) and store.table_metadata(name) == task.footer(rows)
+
+
+async def compute_shard(task: ShardTask, handles: Mapping[str, Any]) -> ShardReport:
+    """Compute and commit one shard.
+
+    Args:
+        task: the shard.
+        handles: the stage's engines by role.
+
+    Raises:
+        StageError: the stage can't go on, or broke its contract.
+    """
+    started = time.monotonic()
+    run = Store(task.run)
+    stage = task.stage
+    needs = dict.fromkeys(("id", *stage.columns().needs))
+    where = None if task.targets else stage.settings.where
+    rows = read_columns(
+        run,
+        task.part,
+        tuple(needs | dict.fromkeys(sorted(rule_columns(where)) if where else ())),
+        task.homes,
+        targets=task.targets,
+    )
+    ids = rows["id"].to_pylist()
+    requested = _requested(task, rows, where)
+    known = _known(task, ids, requested)
+    to_compute = [i for i, wanted in enumerate(requested) if wanted and ids[i] not in known]
+    adds = stage.columns().adds
+    pieces: list[pa.Table] = []
+    if to_compute:
+        engines = {role: _cached(task, role, handle) for role, handle in handles.items()}
+        artifacts = {name: Store(url) for name, url in task.artifacts.items()}
+        made = await stage.process(rows.select(list(needs)).take(to_compute), engines, artifacts)
+        pieces.append(checked_columns(stage.name, len(to_compute), adds, made))
+    reused = [i for i, wanted in enumerate(requested) if wanted and ids[i] in known]
+    pieces += [known[ids[i]] for i in reused]
+    skipped = [i for i, wanted in enumerate(requested) if not wanted]
+    pieces.append(_not_requested(stage.name, adds, len(skipped)))
+    order = pa.array([*to_compute, *reused, *skipped])
+    table = pa.concat_tables(pieces).unify_dictionaries().take(pc.sort_indices(order))
+    table = table.add_column(0, "id", pa.array(ids, pa.string()))
+    # Encoded anew, so that a shard's bytes don't tell which rows were reused.
+    table = _plain_dictionaries(table)
+    run.write_table(f"{task.folder}/{task.part}", table, task.footer(ids_digest(rows["id"])))
+    statuses = Counter(_code(status) for status in table[f"{stage.name}_status"].to_pylist())
+    seconds = time.monotonic() - started
+    return ShardReport(
+        task.part, len(ids), len(to_compute), len(reused), dict(statuses), seconds
+    )
+
+
+def _requested(task: ShardTask, rows: pa.Table, where: str | None) -> list[bool]:
+    mask = rule_mask(where, rows).to_pylist() if where else [True] * rows.num_rows
+    if task.limit_key is None or task.targets:
+        return mask
+    return [
+        met and key_hash(row, task.seed) <= task.limit_key
+        for met, row in zip(mask, rows["id"].to_pylist(), strict=True)
+    ]
+
+
+def _known(task: ShardTask, ids: list[str], requested: list[bool]) -> dict[str, pa.Table]:
+    """One-row tables of columns that another shard holds for a requested id."""
+    wanted = pa.array([row for row, asked in zip(ids, requested, strict=True) if asked])
+    known: dict[str, pa.Table] = {}
+    adds = task.stage.columns().adds
+    for url in task.reuse:
+        folder, _, name = url.rpartition("/")
+        table = Store(folder).read_table(name)
+        asked = pc.is_in(table["id"], value_set=wanted)
+        computed = pc.not_equal(
+            table[f"{task.stage.name}_status"].cast(pa.string()), NOT_REQUESTED
+        )
+        hits = table.filter(pc.and_(asked, computed))
+        for place, row in enumerate(hits["id"].to_pylist()):
+            known.setdefault(row, hits.select(adds.names).slice(place, 1))
+    return known
+
+
+def _not_requested(stage: str, adds: pa.Schema, rows: int) -> pa.Table:
+    columns = [
+        pa.array([NOT_REQUESTED] * rows, pa.string()).cast(field.type)
+        if field.name == f"{stage}_status"
+        else pa.nulls(rows, field.type)
+        for field in adds
+    ]
+    return pa.table(columns, schema=adds)
+
+
+def _plain_dictionaries(table: pa.Table) -> pa.Table:
+    for place, field_ in enumerate(table.schema):
+        if pa.types.is_dictionary(field_.type):
+            plain = table[field_.name].cast(pa.string()).combine_chunks()
+            encoded = plain.dictionary_encode()
+            table = table.set_column(place, field_, pa.chunked_array([encoded]))
+    return table
+
+
+def _cached(task: ShardTask, role: str, handle: Any) -> Any:
+    spec = task.stage.engines()[role]
+    if spec.kind != "generator":
+        return handle
+    return CachedGenerator(
+        handle, Store(task.cache), task.generation[role], spec.settings.generation_chunk
+    )
+
+
+def _code(status: str) -> str:
+    """A status without what belongs to one row alone."""
+    return ": ".join(status.split(": ")[:2]) if status.startswith("failed") else status

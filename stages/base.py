@@ -1,0 +1,183 @@
+"""The contract between a stage and whatever runs it.
+
+A *row stage* adds columns to rows, shard by shard, and never changes or drops a row. A *fit stage*
+makes an artifact from rows. A *set stage* sees compact columns of all rows and returns tables. A
+stage is a function of its rows, settings, models, artifacts and seed: it does no I/O on the run
+directory and knows nothing of shards in flight, backends or resume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeVar
+
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field
+
+from stages.engines.settings import ModelSettings
+from stages.errors import StageError
+from stages.storage import Store
+
+T = TypeVar("T")
+
+EngineKind = Literal["scorer", "generator", "reader", "embedder"]
+
+
+class Settings(BaseModel):
+    """A section of a recipe: every field bears on the bytes produced."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RowSettings(Settings):
+    """What every row stage takes."""
+
+    where: str | None = Field(
+        default=None, description="Rule over earlier columns; other rows are not_requested."
+    )
+    limit: int | None = Field(
+        default=None, ge=1, description="At most this many rows: those of lowest hash(id, seed)."
+    )
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Columns that a stage reads, and those that it adds with their Arrow types.
+
+    `effective_messages` in `needs` stands for coalesce(messages_reflected, messages).
+    """
+
+    needs: tuple[str, ...]
+    adds: pa.Schema
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """A model in a role: `model` is its name in the recipe, where execution places it."""
+
+    kind: EngineKind
+    model: str
+    settings: ModelSettings
+
+
+class ShardedColumns(Protocol):
+    """Columns of all rows, shard by shard, in a fixed order."""
+
+    @property
+    def n_rows(self) -> int:
+        """Rows in all shards."""
+        ...
+
+    def iter(self, names: Sequence[str]) -> Iterator[pa.Table]:
+        """One table a shard, with the named columns."""
+        ...
+
+    def map(
+        self, names: Sequence[str], fn: Callable[[pa.Table], T], merge: Callable[[T, T], T]
+    ) -> T:
+        """`fn` of every shard's columns, merged; `merge` must be associative."""
+        ...
+
+
+class RowStage(Protocol):
+    """A stage that adds columns to rows."""
+
+    name: str
+    version: int
+    settings: RowSettings
+    on_targets: bool
+
+    def columns(self) -> Columns:
+        """What it reads and adds."""
+        ...
+
+    def engines(self) -> Mapping[str, EngineSpec]:
+        """The models it asks, by role."""
+        ...
+
+    def artifacts(self) -> tuple[str, ...]:
+        """Names of the fit stages whose artifacts it reads."""
+        ...
+
+    async def process(
+        self, rows: pa.Table, engines: Mapping[str, Any], artifacts: Mapping[str, Store]
+    ) -> pa.Table:
+        """The added columns of the same rows in the same order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a fit stage makes: files by name, and numbers to report."""
+
+    files: Mapping[str, bytes]
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+
+class FitStage(Protocol):
+    """A stage that makes an artifact from rows."""
+
+    name: str
+    version: int
+    settings: Settings
+
+    def columns(self) -> Columns:
+        """What it reads (it adds none)."""
+        ...
+
+    def engines(self) -> Mapping[str, EngineSpec]:
+        """The models it asks, by role."""
+        ...
+
+    async def fit(
+        self, columns: ShardedColumns, targets: ShardedColumns, engines: Mapping[str, Any]
+    ) -> Artifact:
+        """The artifact's files."""
+        ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a set stage decides: tables and other files by name, and numbers to report."""
+
+    tables: Mapping[str, pa.Table]
+    report: Mapping[str, Any]
+    files: Mapping[str, bytes] = field(default_factory=dict)
+
+
+class SetStage(Protocol):
+    """A stage that decides over all rows at once."""
+
+    name: str
+    version: int
+    settings: Settings
+
+    def columns(self) -> Columns:
+        """What it reads (it adds none)."""
+        ...
+
+    def decide(
+        self, columns: ShardedColumns, targets: ShardedColumns, artifacts: Mapping[str, Store]
+    ) -> Outcome:
+        """Tables and numbers."""
+        ...
+
+
+def checked_columns(stage: str, rows: int, adds: pa.Schema, table: pa.Table) -> pa.Table:
+    """The table in the declared column order and types.
+
+    Raises:
+        StageError: rows were lost or added, or columns or types differ from those declared.
+    """
+    if table.num_rows != rows:
+        raise StageError(
+            f"stage {stage} was given {rows} rows and returned {table.num_rows}", stage=stage
+        )
+    missing = set(adds.names) ^ set(table.column_names)
+    if missing:
+        raise StageError(
+            f"stage {stage} declared columns {adds.names} and returned {table.column_names}",
+            stage=stage,
+        )
+    return table.select(adds.names).cast(adds)

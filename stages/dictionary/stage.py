@@ -1,0 +1,217 @@
+"""The dictionary stage: train a sparse autoencoder on the run's rows, and find each task's prototype."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from stages.base import Artifact, Columns, EngineSpec, ShardedColumns
+from stages.dictionary.settings import DictionarySettings
+from stages.engines import FeatureReader, MaskedSequence
+from stages.engines.model_files import cached_tokenizer, set_threads
+from stages.engines.settings import ModelSettings
+from stages.errors import RowError, StageError
+from stages.features.tokens import masked_sequence
+from stages.rows import key_hash
+
+if TYPE_CHECKING:
+    import torch
+
+    from stages.dictionary.sae import SparseAutoencoder
+
+
+class DictionaryStage:
+    """Reads activations of a sample of rows, trains on them, and encodes the targets."""
+
+    name = "dictionary"
+    version = 1
+
+    def __init__(
+        self, settings: DictionarySettings, models: Mapping[str, ModelSettings], seed: int
+    ) -> None:
+        """Keep the settings, the student's, and the seed."""
+        self.settings = settings
+        self._student = models[settings.student]
+        self._seed = seed
+
+    def columns(self) -> Columns:
+        """Reads the text that stands after reflection."""
+        return Columns(("id", "effective_messages"), pa.schema([]))
+
+    def engines(self) -> Mapping[str, EngineSpec]:
+        """The student's activations."""
+        return {"student": EngineSpec("reader", self.settings.student, self._student)}
+
+    async def fit(
+        self, columns: ShardedColumns, targets: ShardedColumns, engines: Mapping[str, Any]
+    ) -> Artifact:
+        """The autoencoder's and the prototypes' files.
+
+        Raises:
+            StageError: the rows have no token to train on, or a task has none to stand for it.
+        """
+        from stages.dictionary.artifact import prototype_files
+        from stages.dictionary.checkpoint import sae_bytes
+        from stages.dictionary.train import evaluate_reconstruction
+
+        set_threads(self._student)
+        reader: FeatureReader = engines["student"]
+        activations = await self._training_activations(columns, reader)
+        sae, curve = self._trained(activations)
+        quality = evaluate_reconstruction(sae, _batches_of(activations, self.settings.batch))
+        prototypes, tasks, target_rows = await self._prototypes(targets, reader, sae)
+        files = sae_bytes(
+            sae,
+            {
+                "model_name": self._student.model,
+                "hook_name": f"blocks.{self.settings.layer}.hook_resid_post",
+                "hf_hidden_states_index": self.settings.layer + 1,
+                "part": self.settings.part,
+                "training_tokens": len(activations),
+                "training": self.settings.training,
+                "seed": self._seed,
+            },
+        )
+        report = {
+            "tokens": len(activations),
+            "quality": asdict(quality),
+            "curve": asdict(curve),
+            "latents": sae.config.d_sae,
+            "target_rows": dict(zip(tasks, target_rows, strict=True)),
+        }
+        return Artifact({**files, **prototype_files(prototypes, tasks)}, report)
+
+    async def _training_activations(
+        self, columns: ShardedColumns, reader: FeatureReader
+    ) -> NDArray[np.float32]:
+        """Activations of `tokens` tokens drawn without bias from the sampled rows, [tokens, d]."""
+        sampled = _sampled_ids(columns, self.settings.rows, self._seed)
+        draws = np.random.default_rng([self._seed, 1])
+        kept: NDArray[np.float32] | None = None
+        keys: NDArray[np.float64] = np.zeros(0)
+        for table in columns.iter(("id", "effective_messages")):
+            sequences = [
+                sequence
+                for row, sequence in zip(
+                    table["id"].to_pylist(), self._sequences(table), strict=True
+                )
+                if row in sampled and sequence is not None
+            ]
+            if not sequences:
+                continue
+            found = await reader.activations(sequences, self.settings.layer)
+            kept = found if kept is None else np.concatenate([kept, found])
+            keys = np.concatenate([keys, draws.random(len(found))])
+            if len(kept) > self.settings.tokens:
+                # The lowest keys are a uniform sample, whatever the shards.
+                lowest = np.sort(np.argpartition(keys, self.settings.tokens)[: self.settings.tokens])
+                kept, keys = kept[lowest], keys[lowest]
+        if kept is None or not len(kept):
+            raise StageError("no row has a content token to train on", stage=self.name)
+        return kept
+
+    def _trained(self, activations: NDArray[np.float32]) -> tuple[SparseAutoencoder, Any]:
+        from stages.dictionary.train import TrainingConfig, train_sparse_autoencoder
+
+        settings = self.settings
+        config = TrainingConfig(
+            d_in=activations.shape[1],
+            d_sae=activations.shape[1] * settings.expansion,
+            k=settings.k,
+            training=settings.training,
+            learning_rate=settings.learning_rate,
+            warmup_steps=int(settings.warmup_share * settings.steps),
+            threshold_decay=0.99,
+        )
+        batches = _shuffled_batches(activations, settings.batch, settings.steps, self._seed)
+        try:
+            return train_sparse_autoencoder(batches, config, settings.steps, self._seed)
+        except (ValueError, FloatingPointError) as error:
+            raise StageError(
+                f"the autoencoder can't be trained on {len(activations)} tokens: {error}",
+                stage=self.name,
+            ) from error
+
+    async def _prototypes(
+        self, targets: ShardedColumns, reader: FeatureReader, sae: SparseAutoencoder
+    ) -> tuple[torch.Tensor, list[str], list[int]]:
+        """Mean code of each task's rows, [tasks, latents]; tasks sorted; rows behind each."""
+        import torch
+
+        from stages.features.jaccard import prototype
+        from stages.features.pooling import mean_pool_dense
+
+        codes: dict[str, list[torch.Tensor]] = {}
+        for table in targets.iter(("id", "effective_messages", "task")):
+            sequences = self._sequences(table)
+            usable = [
+                (task, sequence)
+                for task, sequence in zip(table["task"].to_pylist(), sequences, strict=True)
+                if sequence is not None
+            ]
+            if not usable:
+                continue
+            states = await reader.activations([s for _, s in usable], self.settings.layer)
+            lengths = torch.tensor([sum(sequence.keep) for _, sequence in usable])
+            owner = torch.repeat_interleave(torch.arange(len(usable)), lengths)
+            with torch.inference_mode():
+                tokens = sae.encode(torch.from_numpy(states))
+                pooled = mean_pool_dense(tokens, owner, len(usable), lengths)
+            for (task, _), code in zip(usable, pooled, strict=True):
+                codes.setdefault(task, []).append(code)
+        if not codes:
+            raise StageError("no target row has a content token", stage=self.name)
+        tasks = sorted(codes)
+        stacked = torch.stack([prototype(torch.stack(codes[task])) for task in tasks])
+        return stacked, tasks, [len(codes[task]) for task in tasks]
+
+    def _sequences(self, table: pa.Table) -> list[MaskedSequence | None]:
+        tokenizer = cached_tokenizer(self._student)
+        sequences: list[MaskedSequence | None] = []
+        for messages in table["effective_messages"].to_pylist():
+            try:
+                sequences.append(
+                    masked_sequence(
+                        tokenizer, messages, self.settings.part, self._student.max_length
+                    )
+                )
+            except RowError:
+                # A row without usable tokens teaches nothing; features gives it its status.
+                sequences.append(None)
+        return sequences
+
+
+def _sampled_ids(columns: ShardedColumns, rows: int, seed: int) -> set[str]:
+    """The ids of lowest hash: which rows are read doesn't depend on their order."""
+    ids = [row for table in columns.iter(("id",)) for row in table["id"].to_pylist()]
+    if len(ids) <= rows:
+        return set(ids)
+    return set(sorted(ids, key=lambda row: key_hash(row, seed))[:rows])
+
+
+def _shuffled_batches(
+    activations: NDArray[np.float32], batch: int, steps: int, seed: int
+) -> Iterator[torch.Tensor]:
+    """`steps` batches, each pass over the tokens in a new seeded order."""
+    import torch
+
+    order = np.random.default_rng([seed, 2])
+    size = min(batch, len(activations))
+    queue: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+    for _ in range(steps):
+        while len(queue) < size:
+            queue = np.concatenate([queue, order.permutation(len(activations))])
+        chosen, queue = queue[:size], queue[size:]
+        yield torch.from_numpy(activations[chosen])
+
+
+def _batches_of(activations: NDArray[np.float32], batch: int) -> Iterator[torch.Tensor]:
+    import torch
+
+    for start in range(0, len(activations), batch):
+        yield torch.from_numpy(activations[start : start + batch])

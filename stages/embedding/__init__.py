@@ -1,0 +1,1 @@
+"""Embedding: a sentence vector of each row, for the mixture's transport."""

@@ -1,0 +1,202 @@
+"""The numbers that the card, the report and the lineage share, so that they agree."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from stages.base import ShardedColumns
+from stages.emission.decisions import Decisions
+from stages.emission.gather import Gathered
+from stages.emission.records import StageRecord
+from stages.emission.sample import IntArray
+from stages.emission.settings import EmissionSettings
+from stages.emission.shards import ShardFile
+
+
+@dataclass(frozen=True)
+class SourceFacts:
+    """One source from its records to its emitted lines.
+
+    Attributes:
+        name: of the source.
+        role: `anchor` for data that is compared with and never emitted.
+        license: as the recipe says, or None.
+        paths: as the recipe says.
+        records: records read, or None where ingest didn't say.
+        rejected: rejected records by reason.
+        end_markers: responses whose end-of-text marker was stripped.
+        kept: rows after ingest.
+        selected: rows that selection kept.
+        dropped: rows that selection dropped, by reason.
+        weight: share of the mixture.
+        quota: rows or tokens asked for.
+        available: rows or tokens that it could give, repeats included.
+        rows: emitted lines.
+        distinct: emitted rows, copies not counted.
+        tokens: tokens of the emitted lines.
+        shortfall: quota less what was emitted, in the quota's unit.
+    """
+
+    name: str
+    role: str | None
+    license: str | None
+    paths: tuple[str, ...]
+    records: int | None
+    rejected: Mapping[str, int]
+    end_markers: int
+    kept: int
+    selected: int
+    dropped: Mapping[str, int]
+    weight: float
+    quota: int
+    available: int
+    rows: int
+    distinct: int
+    tokens: int
+    shortfall: int
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A data set and how it was made.
+
+    Attributes:
+        recipe: the resolved recipe.
+        settings: of emission.
+        seed: of the run.
+        sources: in the recipe's order.
+        stages: records of earlier stages.
+        mixture: the mixture's numbers, or None where weights follow the selected rows.
+        shards: written files.
+        tasks: target rows by task.
+        licenses: emitted rows by licence, the record's own before its source's; None is unknown.
+        rewritten: emitted lines whose text was rewritten.
+        tools: whether lines carry tool definitions.
+        columns: names of the emitted columns.
+    """
+
+    recipe: Mapping[str, Any]
+    settings: EmissionSettings
+    seed: int
+    sources: Sequence[SourceFacts]
+    stages: Sequence[StageRecord]
+    mixture: Mapping[str, Any] | None
+    shards: Sequence[ShardFile]
+    tasks: Mapping[str, int]
+    licenses: Mapping[str | None, int]
+    rewritten: int
+    tools: bool
+    columns: Sequence[str] = field(default=())
+
+    @property
+    def name(self) -> str:
+        """The recipe's name."""
+        return str(self.recipe.get("name") or "dataset")
+
+    @property
+    def offered(self) -> list[SourceFacts]:
+        """Sources that can be emitted."""
+        return [source for source in self.sources if source.role != "anchor"]
+
+    @property
+    def rows(self) -> int:
+        """Emitted lines."""
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the emitted lines, as selection counted them."""
+        return sum(source.tokens for source in self.sources)
+
+    def total(self, name: str) -> int:
+        """Sum of a number over the sources that can be emitted."""
+        return sum(int(getattr(source, name) or 0) for source in self.offered)
+
+    def reasons(self, name: str) -> dict[str, int]:
+        """`rejected` or `dropped` over the sources that can be emitted, most first."""
+        counted: Counter[str] = Counter()
+        for source in self.offered:
+            counted.update(getattr(source, name))
+        return dict(sorted(counted.items(), key=lambda item: (-item[1], item[0])))
+
+
+def source_facts(
+    recipe: Mapping[str, Any],
+    ingest: Mapping[str, Any],
+    decisions: Decisions,
+    weights: Mapping[str, float],
+    quotas: Mapping[str, int],
+    available: Mapping[str, int],
+    order: IntArray,
+    unit: str,
+) -> list[SourceFacts]:
+    """Facts of every source that the recipe, ingest or selection knows.
+
+    Args:
+        recipe: resolved.
+        ingest: the report of ingest.
+        decisions: of selection.
+        weights: shares by source, summing to 1.
+        quotas: by source, in `unit`.
+        available: by source, in `unit`.
+        order: emitted row numbers.
+        unit: rows or tokens.
+    """
+    declared = {str(entry["name"]): entry for entry in recipe.get("sources") or []}
+    seen = ingest.get("sources") or {}
+    names = list(dict.fromkeys([*declared, *sorted(seen), *decisions.names]))
+    facts = []
+    for name in names:
+        entry, counts, mine = declared.get(name, {}), seen.get(name, {}), decisions.of(name)
+        lines = order[mine[order]]
+        tokens = int(decisions.tokens[lines].sum())
+        path = entry.get("path") or ()
+        facts.append(
+            SourceFacts(
+                name=name,
+                role=entry.get("role"),
+                license=entry.get("license"),
+                paths=(path,) if isinstance(path, str) else tuple(str(item) for item in path),
+                records=counts.get("in"),
+                rejected=counts.get("rejected") or {},
+                end_markers=counts.get("end_markers") or 0,
+                kept=int(mine.sum()),
+                selected=int((mine & decisions.keep).sum()),
+                dropped=decisions.dropped.get(name, {}),
+                weight=float(weights.get(name, 0.0)),
+                quota=quotas.get(name, 0),
+                available=available.get(name, 0),
+                rows=len(lines),
+                distinct=len(np.unique(lines)),
+                tokens=tokens,
+                shortfall=quotas.get(name, 0) - (tokens if unit == "tokens" else len(lines)),
+            )
+        )
+    return facts
+
+
+def licenses(gathered: Gathered, recipe: Mapping[str, Any]) -> Counter[str | None]:
+    """Emitted rows by licence: the record's own, else its source's, else None."""
+    declared = {entry["name"]: entry.get("license") for entry in recipe.get("sources") or []}
+    counted: Counter[str | None] = Counter()
+    for _, table in gathered.chunks:
+        own = table["license"].to_pylist() if "license" in table.column_names else []
+        for i, source in enumerate(table["source"].to_pylist()):
+            counted[(own[i] if own else None) or declared.get(source)] += 1
+    return counted
+
+
+def task_counts(targets: ShardedColumns) -> dict[str, int]:
+    """Target rows by task, in the order of the names."""
+    counted: Counter[str] = Counter()
+    if targets.n_rows:
+        for table in targets.iter(["task"]):
+            for pair in table["task"].cast(pa.string()).value_counts().to_pylist():
+                counted[pair["values"] or "unnamed"] += pair["counts"]
+    return dict(sorted(counted.items()))

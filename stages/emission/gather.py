@@ -1,0 +1,167 @@
+"""One pass over the run's columns: the emitted rows, and the scores of all rows."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from stages.base import ShardedColumns
+from stages.emission.decisions import Decisions
+from stages.emission.sample import FloatArray, IntArray
+from stages.errors import StageError
+from stages.rows import MESSAGES, ROWS, effective_messages, instruction
+
+_HEAVY = re.compile(r"(^|_)(vector|embedding|code|latent|activation|indices|feature)s?($|_)")
+_CHARTED = re.compile(r"^(ifd|ifd_before|ifd_effective|pass_rate|similarity.*)$")
+_COUNTED = re.compile(r"(_status|outcome)$")
+
+
+@dataclass
+class Gathered:
+    """What the pass keeps in memory: the emitted rows whole, and 4 bytes a row and chart.
+
+    Attributes:
+        chunks: row numbers (ascending) and columns of the emitted rows, shard by shard; the text
+            is in `effective`, and in `original` that of a row which was rewritten.
+        scores: charted columns of all rows, float32 [n], NaN where null.
+        rewritten: bool [n].
+        counts: outcomes and statuses of all rows, by column and value.
+    """
+
+    chunks: list[tuple[IntArray, pa.Table]]
+    scores: dict[str, npt.NDArray[np.float32]]
+    rewritten: npt.NDArray[np.bool_]
+    counts: dict[str, Counter[str]] = field(default_factory=dict)
+
+    def rows(self, wanted: IntArray) -> pa.Table:
+        """The columns of emitted rows, by row number, in the order asked for."""
+        distinct = np.unique(wanted)
+        parts = []
+        for numbers, table in self.chunks:
+            inside = np.isin(numbers, distinct, assume_unique=True)
+            if inside.any():
+                parts.append(table.filter(pa.array(inside)))
+        merged = pa.concat_tables(parts).combine_chunks()
+        return merged.take(pa.array(np.searchsorted(distinct, wanted)))
+
+
+def provenance_columns(present: Sequence[str]) -> tuple[str, ...]:
+    """Columns added by stages that are small enough to travel with a row: no vectors."""
+    own = {*ROWS.names, "messages_reflected", "answer_effective", "task"}
+    return tuple(name for name in present if name not in own and not _HEAVY.search(name))
+
+
+def read_scores(columns: ShardedColumns, name: str) -> FloatArray:
+    """A numeric column of all rows as float64 [n], NaN where null."""
+    return np.concatenate([_numbers(table[name]) for table in columns.iter([name])])
+
+
+def gather(
+    columns: ShardedColumns, names: Sequence[str], decisions: Decisions, wanted: IntArray
+) -> Gathered:
+    """Stream the columns and keep the wanted rows.
+
+    Args:
+        columns: of the run.
+        names: columns to read; `id` and `messages` among them.
+        decisions: of the run, in the same order.
+        wanted: numbers of the rows to keep, distinct and ascending, int64.
+
+    Raises:
+        StageError: the rows aren't those that selection decided on.
+    """
+    total = len(decisions.keep)
+    found = Gathered([], {}, np.zeros(total, dtype=bool))
+    start = 0
+    for table in columns.iter(names):
+        stop = start + table.num_rows
+        ids = table["id"].combine_chunks() if table.num_rows else decisions.ids.slice(0, 0)
+        if not ids.equals(decisions.ids.slice(start, table.num_rows)):
+            raise StageError(
+                f"emission: rows {start} to {stop - 1} aren't those that selection decided on; "
+                "run again from selection",
+                stage="emission",
+            )
+        _count(found, table, slice(start, stop))
+        first, last = np.searchsorted(wanted, (start, stop))
+        if last > first:
+            local = pa.array(wanted[first:last] - start)
+            found.chunks.append((wanted[first:last], _compact(table.take(local))))
+        start = stop
+    if start != total:
+        raise StageError(
+            f"emission: selection decided on {total} rows and the run has {start}; "
+            "run again from selection",
+            stage="emission",
+        )
+    return found
+
+
+def _count(found: Gathered, table: pa.Table, here: slice) -> None:
+    for name in table.column_names:
+        kind = table.schema.field(name).type
+        if _CHARTED.match(name) and (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+            scores = found.scores.setdefault(
+                name, np.full(len(found.rewritten), np.nan, dtype=np.float32)
+            )
+            scores[here] = _numbers(table[name])
+        if _COUNTED.search(name) and _is_label(kind):
+            counted = found.counts.setdefault(name, Counter())
+            for pair in table[name].cast(pa.string()).value_counts().to_pylist():
+                if pair["values"] is not None:
+                    counted[pair["values"]] += pair["counts"]
+    if "messages_reflected" in table.column_names:
+        found.rewritten[here] = pc.is_valid(table["messages_reflected"]).to_numpy()
+
+
+def _compact(table: pa.Table) -> pa.Table:
+    """The emitted text, the original where it differs, and scalar columns in plain types."""
+    columns: dict[str, Any] = {"effective": effective_messages(table)}
+    if "messages_reflected" in table.column_names:
+        rewritten = pc.is_valid(table["messages_reflected"])
+        nothing = pa.nulls(table.num_rows, MESSAGES)
+        columns["original"] = pc.if_else(rewritten, table["messages"], nothing)
+    for name in table.column_names:
+        column = table[name]
+        if _is_label(column.type):
+            columns[name] = column.cast(pa.string())
+        elif (
+            pa.types.is_integer(column.type)
+            or pa.types.is_floating(column.type)
+            or pa.types.is_boolean(column.type)
+        ):
+            columns[name] = column
+    if "answer_effective" in columns:
+        columns["answer"] = columns.pop("answer_effective")
+    elif "answer" in columns and "original" in columns:
+        columns["answer"] = _answers(columns)
+    return pa.table(columns).combine_chunks()
+
+
+def _answers(columns: dict[str, Any]) -> pa.Array:
+    """Answers, without those of questions that were rewritten."""
+    answers = columns["answer"].to_pylist()
+    for i in np.flatnonzero(pc.is_valid(columns["original"]).to_numpy()).tolist():
+        asked = instruction(columns["original"][i].as_py())
+        if asked != instruction(columns["effective"][i].as_py()):
+            answers[i] = None
+    return pa.array(answers, pa.string())
+
+
+def _is_label(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _is_label(kind.value_type)
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _numbers(column: pa.ChunkedArray) -> FloatArray:
+    numbers: FloatArray = column.cast(pa.float64()).to_numpy()
+    return np.asarray(numbers, dtype=np.float64)

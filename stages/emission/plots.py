@@ -1,0 +1,192 @@
+"""Charts as inline SVG: coloured by the page's CSS, so that they follow its light or dark theme."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+import numpy as np
+import numpy.typing as npt
+from markupsafe import Markup
+
+Values = npt.NDArray[np.float32]
+
+
+def common_range(values: Values) -> tuple[float, float]:
+    """The range of the middle 99 % of the finite values, widened where it is empty."""
+    known = values[np.isfinite(values)]
+    low, high = (float(edge) for edge in np.quantile(known, (0.005, 0.995)))
+    pad = 0.5 if high - low < 1e-9 else 0.0
+    return low - pad, high + pad
+
+
+def ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """Round numbers inside a range, about `count` of them."""
+    raw = (high - low) / count
+    power = 10.0 ** np.floor(np.log10(raw))
+    step = float(next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999))
+    first = int(np.ceil(low / step - 1e-9))
+    last = int(np.floor(high / step + 1e-9))
+    return [round(i * step, 10) for i in range(first, last + 1)]
+
+
+def histogram(all_rows: Values, emitted: Values, low: float, high: float, label: str) -> Markup:
+    """Two distributions over one axis, each as shares of its own rows.
+
+    Values outside the range count in the outermost bins.
+
+    Args:
+        all_rows: finite values, filled.
+        emitted: finite values, outlined.
+        low: left end of the axis.
+        high: right end of the axis.
+        label: for screen readers.
+    """
+    bins, left, right, top, bottom = 28, 6.0, 314.0, 8.0, 104.0
+    width = (right - left) / bins
+    edges = np.linspace(low, high, bins + 1)
+    filled = _shares(all_rows, edges)
+    line = _shares(emitted, edges)
+    peak = max(float(filled.max()), float(line.max()), 1e-9)
+
+    def height(share: float) -> float:
+        return bottom - share / peak * (bottom - top)
+
+    bars = [
+        f'<rect class="c-all" x="{left + i * width + 0.5:.1f}" y="{height(share):.1f}" '
+        f'width="{width - 1:.1f}" height="{bottom - height(share):.1f}">'
+        f"<title>{edges[i]:.3g} to {edges[i + 1]:.3g}: {share:.1%} of all rows, "
+        f"{line[i]:.1%} of emitted rows</title></rect>"
+        for i, share in enumerate(filled.tolist())
+    ]
+    path = ""
+    if len(emitted):
+        steps = [f"M{left:.1f} {bottom:.1f}"]
+        for i, share in enumerate(line.tolist()):
+            steps.append(f"V{height(share):.1f}H{left + (i + 1) * width:.1f}")
+        path = f'<path class="c-line" d="{"".join(steps)}V{bottom:.1f}"/>'
+    return _svg(320, 126, label, "".join(bars) + path + _axis(low, high, left, right, bottom))
+
+
+def scatter(before: Values, after: Values, label: str) -> Markup:
+    """Points over a diagonal; at most 1,500 of them, evenly taken.
+
+    Args:
+        before: finite values, horizontal.
+        after: finite values of the same rows, vertical.
+        label: for screen readers.
+    """
+    low, high = common_range(np.concatenate([before, after]))
+    left, right, top, bottom = 44.0, 396.0, 10.0, 312.0
+    chosen = np.unique(np.linspace(0, len(before) - 1, min(len(before), 1_500)).astype(int))
+
+    def spot(x: float, y: float) -> tuple[float, float]:
+        across = min(max((x - low) / (high - low), 0.0), 1.0)
+        up = min(max((y - low) / (high - low), 0.0), 1.0)
+        return left + across * (right - left), bottom - up * (bottom - top)
+
+    parts = []
+    for value in ticks(low, high):
+        x, y = spot(value, value)
+        parts.append(f'<path class="c-grid" d="M{x:.1f} {top}V{bottom}M{left} {y:.1f}H{right}"/>')
+        parts.append(f'<text x="{left - 6}" y="{y + 3.5:.1f}" text-anchor="end">{value:g}</text>')
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{value:g}</text>')
+    parts.append(f'<path class="c-diagonal" d="M{left} {bottom}L{right} {top}"/>')
+    for i in chosen.tolist():
+        x, y = spot(float(before[i]), float(after[i]))
+        side = "c-up" if after[i] > before[i] else "c-down"
+        parts.append(f'<circle class="{side}" cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>')
+    middle = (left + right) / 2
+    parts.append(f'<text x="{middle}" y="344" text-anchor="middle">IFD before</text>')
+    level = (top + bottom) / 2
+    parts.append(
+        f'<text x="10" y="{level}" text-anchor="middle" transform="rotate(-90 10 {level})">'
+        "IFD after</text>"
+    )
+    return _svg(416, 350, label, "".join(parts))
+
+
+def flow(
+    stops: Sequence[tuple[str, int]], leaving: Sequence[tuple[str, int]], label: str
+) -> Markup:
+    """A stream that narrows: what is there at every stop, and what leaves between two of them.
+
+    Args:
+        stops: titles and rows, two or more, not growing.
+        leaving: titles and rows, one fewer than stops.
+        label: for screen readers.
+    """
+    widest = max(max(rows for _, rows in stops), 1)
+    tall, top, gap = 150.0, 46.0, 860.0 / max(len(stops) - 1, 1)
+    parts = []
+    for i, (title, rows) in enumerate(stops):
+        x, deep = 20 + i * gap, rows / widest * tall
+        if i < len(leaving):
+            after = stops[i + 1][1] / widest * tall
+            parts.append(
+                f'<rect class="c-stream" x="{x:.1f}" y="{top}" width="{gap:.1f}" '
+                f'height="{after:.1f}"/>'
+            )
+            parts.append(
+                _leaving(x, gap, top + after, max(deep - after, 0.0), top + tall, leaving[i])
+            )
+        parts.append(
+            f'<rect class="c-stop" x="{x - 3:.1f}" y="{top}" width="6" rx="2" '
+            f'height="{max(deep, 1.5):.1f}"/>'
+        )
+        last = i == len(stops) - 1
+        anchor, at = ("end", x + 3) if last else ("start", x - 3)
+        parts.append(
+            f'<text class="c-number" x="{at:.1f}" y="20" text-anchor="{anchor}">{rows:,}</text>'
+            f'<text x="{at:.1f}" y="37" text-anchor="{anchor}">{escape(title)}</text>'
+        )
+    return _svg(900, int(top + tall + 74), label, "".join(parts))
+
+
+def _leaving(
+    x: float, gap: float, level: float, deep: float, floor: float, what: tuple[str, int]
+) -> str:
+    """A band that bends down out of the stream, with its title under it."""
+    title, rows = what
+    if not rows:
+        return ""
+    deep = max(deep, 1.0)
+    thick = min(deep, gap * 0.42)
+    inner, foot = x + gap * 0.2, floor + 26
+    outer, under = inner + thick, level + deep
+    # Circular where there is room: the band keeps its width around the bend.
+    body = (
+        f"M{x:.1f} {level:.1f}H{x + gap * 0.08:.1f}"
+        f"C{outer - thick * 0.3:.1f} {level:.1f} {outer:.1f} {level + deep * 0.3:.1f} "
+        f"{outer:.1f} {max(under, level + 40):.1f}V{foot:.1f}H{inner:.1f}"
+        f"V{min(under + 14, foot):.1f}C{inner:.1f} {under + 4:.1f} {inner - gap * 0.04:.1f} "
+        f"{under:.1f} {x + gap * 0.08:.1f} {under:.1f}H{x:.1f}Z"
+    )
+    end = (inner + outer) / 2
+    return (
+        f'<path class="c-leave" d="{body}"/>'
+        f'<text class="c-small" x="{end:.1f}" y="{foot + 18:.1f}" text-anchor="middle">'
+        f"{rows:,}</text>"
+        f'<text x="{end:.1f}" y="{foot + 34:.1f}" text-anchor="middle">{escape(title)}</text>'
+    )
+
+
+def _shares(values: Values, edges: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), bins=edges)
+    shares: npt.NDArray[np.float64] = counts / max(len(values), 1)
+    return shares
+
+
+def _axis(low: float, high: float, left: float, right: float, level: float) -> str:
+    parts = [f'<path class="c-axis" d="M{left} {level}H{right}"/>']
+    for value in ticks(low, high):
+        x = left + (value - low) / (high - low) * (right - left)
+        x = min(max(x, left + 6), right - 6)
+        parts.append(f'<text x="{x:.1f}" y="{level + 16}" text-anchor="middle">{value:g}</text>')
+    return "".join(parts)
+
+
+def _svg(width: int, height: int, label: str, body: str) -> Markup:
+    return Markup(
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{body}</svg>'
+    )

@@ -1,0 +1,218 @@
+"""`report.html`: one page, without a network, about how the data set came to be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from stages.emission import plots
+from stages.emission.certificate import certificate_sentences
+from stages.emission.decisions import Decisions
+from stages.emission.examples import difficulty_column, extremes, rewrites
+from stages.emission.facts import Facts
+from stages.emission.gather import Gathered
+from stages.emission.sample import IntArray
+
+_TEMPLATE = Path(__file__).with_name("report.html.j2")
+_TITLES = {
+    "ifd": "Instruction-following difficulty (IFD)",
+    "ifd_effective": "Instruction-following difficulty (IFD) of the emitted text",
+    "pass_rate": "Pass rate",
+}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A small chart of one source."""
+
+    title: str
+    note: str
+    svg: Markup
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A line of a bar chart; positions are percentages of its width."""
+
+    name: str
+    width: float
+    note: str
+    low: float | None = None
+    high: float | None = None
+    cap: float | None = None
+
+
+def report_html(
+    facts: Facts, gathered: Gathered, decisions: Decisions, order: IntArray, seed: int
+) -> bytes:
+    """The page. Its times are the manifests', so they differ between runs of one recipe.
+
+    Args:
+        facts: of the data set.
+        gathered: emitted rows and the scores of all rows.
+        decisions: of selection.
+        order: emitted row numbers, copies included.
+        seed: for the choice of rewrites shown.
+    """
+    emitted = np.unique(order)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["n"] = _number
+    environment.filters["duration"] = _duration
+    hard = difficulty_column(gathered)
+    hardest, easiest = extremes(gathered, emitted, 10)
+    similar = [name for name in sorted(gathered.scores) if name.startswith("similarity")]
+    page = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+        facts=facts,
+        unit=facts.settings.unit,
+        flow=_flow(facts),
+        anchors=[source for source in facts.sources if source.role == "anchor"],
+        mixture_bars=_mixture_bars(facts),
+        certificate=certificate_sentences(facts.mixture) if facts.mixture else [],
+        difficulty=_charts(gathered, decisions, emitted, facts, hard) if hard else [],
+        difficulty_title=_TITLES.get(hard or "", ""),
+        similarity=[
+            (name, charts)
+            for name in similar
+            if (charts := _charts(gathered, decisions, emitted, facts, name))
+        ],
+        change=_change(gathered),
+        outcomes=_outcomes(gathered),
+        samples=rewrites(gathered, emitted, seed, 6),
+        hardest=hardest,
+        easiest=easiest,
+        score=hard,
+        reasons=[
+            (title, _bars(counts))
+            for title, counts in (
+                ("Rejected at ingest", facts.reasons("rejected")),
+                ("Dropped by selection", facts.reasons("dropped")),
+            )
+            if counts
+        ],
+    )
+    return page.encode()
+
+
+def _flow(facts: Facts) -> Markup:
+    kept, selected = facts.total("kept"), facts.total("selected")
+    distinct = facts.total("distinct")
+    rejected = sum(facts.reasons("rejected").values())
+    stops = [("ingested", kept), ("selected", selected), ("emitted", distinct)]
+    leaving = [("dropped", kept - selected), ("not sampled", selected - distinct)]
+    if rejected or facts.total("records"):
+        stops.insert(0, ("records read", max(facts.total("records"), kept + rejected)))
+        leaving.insert(0, ("rejected", rejected))
+    words = ", ".join(f"{rows:,} {title}" for title, rows in stops)
+    return plots.flow(stops, leaving, words)
+
+
+def _charts(
+    gathered: Gathered, decisions: Decisions, emitted: IntArray, facts: Facts, name: str
+) -> list[Chart]:
+    values = gathered.scores[name]
+    chosen = np.zeros(len(values), dtype=bool)
+    chosen[emitted] = True
+    known = np.isfinite(values)
+    if not known.any():
+        return []
+    low, high = plots.common_range(values)
+    charts = []
+    for source in facts.offered:
+        mine = decisions.of(source.name) & known
+        if not mine.any():
+            continue
+        taken = values[mine & chosen]
+        median = float(np.median(values[mine]))
+        note = f"{int(mine.sum()):,} rows, median {median:.3g}"
+        if len(taken):
+            note += f"; {len(taken):,} emitted, median {float(np.median(taken)):.3g}"
+        svg = plots.histogram(values[mine], taken, low, high, f"{name} of {source.name}: {note}")
+        charts.append(Chart(source.name, note, svg))
+    return charts
+
+
+def _change(gathered: Gathered) -> Chart | None:
+    """IFD before against after, of rewritten rows."""
+    before = gathered.scores.get("ifd_before", gathered.scores.get("ifd"))
+    after = gathered.scores.get("ifd_effective")
+    if before is None or after is None:
+        return None
+    both = np.isfinite(before) & np.isfinite(after) & gathered.rewritten
+    if not both.any():
+        return None
+    raised = float(np.mean(after[both] > before[both]))
+    medians = [float(np.median(values[both])) for values in (before, after)]
+    note = (
+        f"{int(both.sum()):,} rewritten rows: median {medians[0]:.3g} before, {medians[1]:.3g} "
+        f"after; IFD rose in {raised:.0%} of them."
+    )
+    return Chart("IFD before and after", note, plots.scatter(before[both], after[both], note))
+
+
+def _outcomes(gathered: Gathered) -> list[tuple[str, list[Bar]]]:
+    """Outcomes and statuses by column; a column that says `ok` alone tells nothing."""
+    shown = []
+    for name in sorted(gathered.counts, key=lambda name: (not name.endswith("outcome"), name)):
+        counts = gathered.counts[name]
+        if set(counts) - {"ok"}:
+            ranked = dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+            shown.append((name, _bars(ranked)))
+    return shown
+
+
+def _bars(counts: Mapping[str, int], most: int = 12) -> list[Bar]:
+    items = list(counts.items())
+    if len(items) > most:
+        rest = sum(count for _, count in items[most - 1 :])
+        items = [*items[: most - 1], (f"{len(items) - most + 1} others", rest)]
+    widest = max(max(count for _, count in items), 1)
+    return [Bar(name, 100 * count / widest, f"{count:,}") for name, count in items]
+
+
+def _mixture_bars(facts: Facts) -> list[Bar]:
+    mixture: Mapping[str, Any] = facts.mixture or {}
+    ranges, caps = mixture.get("ranges") or {}, mixture.get("caps") or {}
+    sources = sorted(facts.offered, key=lambda source: (-source.weight, source.name))
+    highs = [(ranges.get(source.name) or (0, 0))[1] for source in sources]
+    top = max([source.weight for source in sources] + highs + [1e-9])
+
+    def place(value: float | None) -> float | None:
+        return None if value is None or value > top * 1.0001 else min(100.0, 100 * value / top)
+
+    bars = []
+    for source in sources:
+        low, high = ranges.get(source.name) or (None, None)
+        cap = caps.get(source.name)
+        note = f"{source.weight:.1%}" + (f" (cap {cap:.0%})" if cap is not None else "")
+        width = 100 * source.weight / top
+        bars.append(Bar(source.name, width, note, place(low), place(high), place(cap)))
+    return bars
+
+
+def _number(value: npt.ArrayLike | None) -> str:
+    if value is None:
+        return "\u2013"
+    if isinstance(value, bool | str):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.4g}"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "\u2013"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

@@ -1,0 +1,126 @@
+"""Engines: the only things that hold a model.
+
+Each protocol says what a stage may ask of a model. The runner opens engines (in this process, or as
+Ray actors) and hands stages something that answers the same methods; batches are formed inside one
+call, so a call's answer does not depend on what else is in flight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+TokenIds = Sequence[int]
+
+
+@dataclass(frozen=True)
+class LogLikelihoods:
+    """Per request: sum of target log-probabilities, nats, float64 [n], and tokens scored, int64 [n]."""
+
+    sums: NDArray[np.float64]
+    counts: NDArray[np.int64]
+
+    def mean_losses(self) -> NDArray[np.float64]:
+        r"""Mean negative log-likelihood per scored token, nats; NaN where none was scored.
+
+        .. math:: L(y \mid x) = -\frac{1}{n} \sum_{i=1}^{n} \log p(y_i \mid x, y_{<i})
+
+        Source: Selective Reflection-Tuning (arXiv 2402.10110), Eq. 2.
+        """
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where(self.counts > 0, -self.sums / self.counts, np.nan)
+
+
+class ScoreRequest(NamedTuple):
+    """Score `target` ids after `prompt` ids; with an empty prompt the first target isn't scored."""
+
+    prompt: TokenIds
+    target: TokenIds
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How text is drawn. Temperature 0 is greedy."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+
+class GenerationRequest(NamedTuple):
+    """Prompt ids, and the seed of this row and purpose (so text doesn't depend on neighbours)."""
+
+    prompt: TokenIds
+    seed: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Generated ids (end marker left out), their text, why they ended, and their log-probabilities."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: Literal["stop", "length"]
+    log_prob: float
+
+
+@dataclass(frozen=True)
+class MaskedSequence:
+    """A token sequence and which of its tokens count (content, not template)."""
+
+    ids: TokenIds
+    keep: Sequence[bool]
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """L2-normalised float32 vectors [n, d], and in how many chunks each text was embedded [n]."""
+
+    vectors: NDArray[np.float32]
+    chunks: NDArray[np.int64]
+
+
+class TokenScorer(Protocol):
+    """Log-likelihoods of given tokens."""
+
+    async def score(self, requests: Sequence[ScoreRequest]) -> LogLikelihoods:
+        """Log-likelihood of every request's target, in input order."""
+        ...
+
+
+class TextGenerator(Protocol):
+    """Text after a prompt."""
+
+    async def generate(
+        self, requests: Sequence[GenerationRequest], sampling: Sampling
+    ) -> list[Completion]:
+        """One completion a request, in input order."""
+        ...
+
+
+class FeatureReader(Protocol):
+    """What a model holds in its residual stream after one block."""
+
+    async def activations(
+        self, sequences: Sequence[MaskedSequence], layer: int
+    ) -> NDArray[np.float32]:
+        """Residual stream of every kept token, float32 [tokens, d], rows in order."""
+        ...
+
+    async def similarities(
+        self, sequences: Sequence[MaskedSequence], layer: int, dictionary: str
+    ) -> NDArray[np.float64]:
+        """Generalised Jaccard similarity to each prototype of the dictionary, [rows, tasks]."""
+        ...
+
+
+class Embedder(Protocol):
+    """Sentence vectors."""
+
+    async def embed(self, texts: Sequence[str]) -> Embedded:
+        """One vector a text, in input order."""
+        ...

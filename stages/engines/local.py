@@ -1,0 +1,76 @@
+"""Engines in this process: how they are made, and how a stage awaits them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from stages.engines.model_files import load_tokenizer
+from stages.engines.settings import ModelSettings
+from stages.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def make_engine(kind: str, settings: ModelSettings) -> Any:
+    """The engine of a kind, with its model loaded.
+
+    Raises:
+        ConfigError: no engine of that kind runs on the library that the settings name.
+        EngineError: the model can't be loaded.
+    """
+    if kind == "generator" and settings.engine == "vllm":
+        from stages.engines.vllm_generator import VllmGenerator
+
+        return VllmGenerator(settings)
+    if settings.engine != "transformers":
+        raise ConfigError(
+            f"model {settings.model}: engine {settings.engine} generates text only; a {kind} "
+            "needs engine: transformers (declare the model twice under two names)"
+        )
+    if kind == "generator":
+        from stages.engines.generator import TransformersGenerator
+
+        return TransformersGenerator(settings)
+    if kind == "scorer":
+        from stages.engines.scorer import TransformersScorer
+
+        return TransformersScorer(settings)
+    if kind == "reader":
+        from stages.engines.reader import TransformersReader
+
+        return TransformersReader(settings)
+    from stages.engines.embedder import SentenceEmbedder
+
+    return SentenceEmbedder(settings)
+
+
+class LocalHandle:
+    """An engine of this process behind awaitable methods; calls are taken one at a time."""
+
+    def __init__(self, engine: Any) -> None:
+        """Wrap an engine."""
+        self._engine = engine
+        self._turn = asyncio.Lock()
+
+    def __getattr__(self, method: str) -> Any:
+        """The engine's method, run in a thread."""
+
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            async with self._turn:
+                return await asyncio.to_thread(getattr(self._engine, method), *args, **kwargs)
+
+        return call
+
+
+@contextmanager
+def opened(kind: str, settings: ModelSettings) -> Iterator[tuple[Any, PreTrainedTokenizerBase]]:
+    """An awaitable engine and its tokenizer, closed at the end."""
+    engine = make_engine(kind, settings)
+    try:
+        yield LocalHandle(engine), load_tokenizer(settings)
+    finally:
+        engine.close()

@@ -1,0 +1,1 @@
+"""Sample features from sparse codes: pooling over tokens and similarity to tasks."""

@@ -1,0 +1,17 @@
+"""The first stage: from files in many forms to rows in one form, with a reason for every reject."""
+
+from stages.ingest.ingest import ingest
+from stages.ingest.parse import Reject, Row, content_of, iter_rows
+from stages.ingest.report import IngestReport, SourceReport
+from stages.ingest.settings import IngestSettings
+
+__all__ = [
+    "IngestReport",
+    "IngestSettings",
+    "Reject",
+    "Row",
+    "SourceReport",
+    "content_of",
+    "ingest",
+    "iter_rows",
+]

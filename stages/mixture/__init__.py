@@ -1,0 +1,1 @@
+"""Mixture stage: how much of every source to take, by optimal transport to a target sample."""

@@ -1,0 +1,158 @@
+"""Least transport cost over mixtures by a level bundle method, with a certified gap."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.linalg import helmert
+from scipy.optimize import nnls
+
+from stages.mixture.cuts import Cuts, lowest_point
+from stages.mixture.simplex import (
+    FloatArray,
+    checked_bounds,
+    distribution,
+    nearest_mixture,
+    row_weights,
+    source_counts,
+)
+from stages.mixture.transport import (
+    Transport,
+    TransportNotSolved,
+    mean_potential_per_source,
+    transport,
+)
+
+_LEVEL = 0.3
+_ZERO = 1e-12
+
+
+@dataclass(frozen=True)
+class BundleResult:
+    """An optimal mixture, and the cuts that prove it.
+
+    Attributes:
+        weights: p, float64 [K].
+        value: F(p), an upper bound of the minimum.
+        lower_bound: lower bound of the minimum.
+        potentials: g of every solve, float64 [J, m].
+        cuts: h [J, K] and <b, g> [J] of every solve.
+        solves: J, how many transport problems were solved.
+    """
+
+    weights: FloatArray
+    value: float
+    lower_bound: float
+    potentials: FloatArray
+    cuts: Cuts
+    solves: int
+
+    @property
+    def gap(self) -> float:
+        """How far F(p) can be above the minimum: UB - LB, in units of the cost."""
+        return self.value - self.lower_bound
+
+
+def nearest_below_level(
+    point: FloatArray, cuts: Cuts, level: float, lower: FloatArray, upper: FloatArray
+) -> FloatArray | None:
+    """Project on a level set: argmin |p - point|^2 with M p <= level, lower <= p <= upper, sum 1.
+
+    With p = point + Z x (Z an orthonormal basis of sum = 0) it is least-distance programming,
+    min |x| with G x >= h, solved by the non-negative least squares problem
+    min_{u >= 0} |[G^T; h^T] u - e|; r being its residual, x = -r_{1..K-1} / r_K.
+    Source: Lawson and Hanson 1974, Solving Least Squares Problems, chapter 23.
+
+    Args:
+        point: float64 [K], on the simplex.
+        cuts: J cuts.
+        level: height of the level set.
+        lower: float64 [K].
+        upper: float64 [K].
+
+    Returns:
+        float64 [K], or None where the set is empty up to rounding.
+    """
+    values = cuts.vertex_values() - level
+    values /= float(np.abs(values).max()) or 1.0
+    basis = np.asarray(helmert(point.size), dtype=np.float64).T
+    sides = np.vstack([-values @ basis, basis, -basis])
+    offsets = np.concatenate([values @ point, lower - point, point - upper])
+    system = np.vstack([sides.T, offsets])
+    wanted = np.append(np.zeros(point.size - 1), 1.0)
+    try:
+        duals, _ = nnls(system, wanted)
+    except RuntimeError:
+        return None
+    residual = system @ duals - wanted
+    # Mixtures are at most sqrt(2) apart, so that r_K = -1 / (1 + |x|^2) can't exceed -1/3.
+    if residual[-1] > -0.25:
+        return None
+    return nearest_mixture(point - basis @ (residual[:-1] / residual[-1]), lower, upper)
+
+
+def optimal_mixture(
+    cost: FloatArray,
+    source_of_row: npt.ArrayLike,
+    b: npt.ArrayLike,
+    lower: npt.ArrayLike,
+    upper: npt.ArrayLike,
+    tolerance: float = 1e-4,
+    max_solves: int = 200,
+) -> BundleResult:
+    """Solve min_p F(p), F(p) = OT(sum_k p_k mu_k, nu), with lower <= p <= upper, sum p = 1.
+
+    Each solve adds the cut F(q) >= q . h + <b, g>. LB is the least value of the highest cut, UB the
+    least F seen; the next p is nearest to the best one among those where no cut exceeds
+    LB + 0.3 (UB - LB). It ends when UB - LB <= tolerance * UB (or UB - LB is 1e-12 of the largest
+    cost, for a minimum of 0).
+    Source: LP duality; Lemarechal, Nemirovskii and Nesterov 1995, New variants of bundle methods.
+
+    Args:
+        cost: float64 [n, m].
+        source_of_row: integers [n] in 0..K-1; every source has rows.
+        b: [m], non-negative, scaled to sum 1.
+        lower: [K].
+        upper: [K].
+        tolerance: relative gap to reach.
+        max_solves: transport problems allowed.
+
+    Returns:
+        The best mixture, bounds, potentials and cuts.
+
+    Raises:
+        ValueError: an argument is malformed or the bounds are infeasible.
+        TransportNotSolved: a solve failed, or `max_solves` did not suffice.
+    """
+    low, high = checked_bounds(lower, upper)
+    target = distribution(b, "b")
+    source, counts = source_counts(source_of_row, low.size)
+    if not counts.all():
+        raise ValueError(f"source {int(np.argmin(counts))} has no rows")
+    negligible = _ZERO * float(np.abs(cost).max(initial=0.0))
+    p = best = nearest_mixture(np.full(low.size, 1.0 / low.size), low, high)
+    upper_bound, lower_bound = np.inf, -np.inf
+    slopes: list[FloatArray] = []
+    potentials: list[FloatArray] = []
+    last: Transport | None = None
+    for solves in range(1, max_solves + 1):
+        last = transport(cost, row_weights(p, source), target, last)
+        slopes.append(mean_potential_per_source(last.source_potential, source, low.size))
+        potentials.append(last.target_potential)
+        if last.value < upper_bound:
+            best, upper_bound = p, last.value
+        cuts = Cuts(np.stack(slopes), np.stack(potentials) @ target)
+        bound, lowest = lowest_point(cuts, low, high)
+        lower_bound = max(lower_bound, bound)
+        gap = upper_bound - lower_bound
+        if gap <= max(tolerance * upper_bound, negligible):
+            return BundleResult(best, upper_bound, lower_bound, np.stack(potentials), cuts, solves)
+        nearest = nearest_below_level(best, cuts, lower_bound + _LEVEL * gap, low, high)
+        # Where rounding hides the level set, the lowest point of the cuts is still inside it.
+        p = lowest if nearest is None else nearest
+    raise TransportNotSolved(
+        f"best mixture after {max_solves} solves: value {upper_bound:.6g}, "
+        f"lower bound {lower_bound:.6g}, wanted relative gap {tolerance:g}"
+    )

@@ -1,0 +1,23 @@
+"""Reflection: a teacher rewrites rows, the student decides whether each rewrite stands.
+
+Two phases in sequence, after Selective Reflection-Tuning (arXiv 2402.10110). First the teacher
+offers a new instruction with its response, and the pair of higher IFD (harder for the student)
+stands. Then it offers a new response to what stands, and the response of lower r-IFD (from which
+the student tells the instruction more easily) stands. A reply that can't be read, or a text that
+can't be scored, leaves the row as it was.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__all__ = ["ReflectionSettings", "ReflectionStage"]
+
+_HOME = {"ReflectionSettings": "settings", "ReflectionStage": "stage"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

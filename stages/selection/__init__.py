@@ -1,0 +1,1 @@
+"""Selection: the only stage that drops rows, each with a reason."""

@@ -1,0 +1,234 @@
+"""All input and output on sources, runs and caches, by fsspec URL.
+
+A `Store` is a folder on any fsspec filesystem (`/data/run`, `s3://bucket/run`, `memory://run`).
+Files appear whole or not at all: on a local disk they are written to a temporary name, flushed and
+renamed; object stores commit an object when it is complete. Parquet bytes are a function of the
+table, so that equal rows give equal files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.core import url_to_fs
+
+from stages.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder on an fsspec filesystem; paths given to its methods are relative to it.
+
+    Raises:
+        ConfigError: the URL names a protocol whose filesystem isn't installed.
+    """
+
+    url: str
+
+    @property
+    def _located(self) -> tuple[fsspec.AbstractFileSystem, str]:
+        return _filesystem(self.url)
+
+    def path(self, name: str) -> str:
+        """The filesystem's own path of `name`."""
+        _, root = self._located
+        return f"{root.rstrip('/')}/{name}" if name else root
+
+    def child(self, name: str) -> Store:
+        """The store of a folder inside this one."""
+        return Store(f"{self.url.rstrip('/')}/{name}")
+
+    def exists(self, name: str = "") -> bool:
+        """Whether a file or folder of that name is there."""
+        fs, _ = self._located
+        return bool(fs.exists(self.path(name)))
+
+    def names(self, folder: str = "") -> list[str]:
+        """Names of the files and folders in `folder`, sorted; none where it is absent."""
+        fs, _ = self._located
+        path = self.path(folder) if folder else self._located[1]
+        if not fs.isdir(path):
+            return []
+        return sorted({entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False)})
+
+    def size(self, name: str) -> int:
+        """Bytes in a file."""
+        fs, _ = self._located
+        return int(fs.size(self.path(name)))
+
+    def sha256(self, name: str) -> str:
+        """SHA-256 of a file's bytes, in hex, read in pieces."""
+        fs, _ = self._located
+        digest = hashlib.sha256()
+        with fs.open(self.path(name), "rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+        return digest.hexdigest()
+
+    def read_bytes(self, name: str) -> bytes:
+        """All bytes of a file."""
+        fs, _ = self._located
+        return cast(bytes, fs.cat_file(self.path(name)))
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Write a file so that it appears whole or not at all."""
+        fs, _ = self._located
+        path = self.path(name)
+        fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+        if not _is_local(fs):
+            fs.pipe_file(path, data)
+            return
+        temporary = f"{path}.tmp-{uuid.uuid4().hex[:12]}"
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a file only where none of that name exists; False where one does."""
+        fs, _ = self._located
+        path = self.path(name)
+        fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+        if _is_local(fs):
+            try:
+                descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            except FileExistsError:
+                return False
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+            return True
+        if fs.exists(path):
+            return False
+        fs.pipe_file(path, data)
+        return True
+
+    def read_json(self, name: str) -> Any:
+        """The value in a JSON file."""
+        return json.loads(self.read_bytes(name))
+
+    def write_json(self, name: str, value: object) -> None:
+        """Write a value as readable JSON."""
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+        self.write_bytes(name, (text + "\n").encode())
+
+    def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """A Parquet file as a table, all columns or the named ones."""
+        fs, _ = self._located
+        with fs.open(self.path(name), "rb") as file:
+            return pq.ParquetFile(file).read(columns=columns)
+
+    def table_metadata(self, name: str) -> dict[str, str]:
+        """The key-value metadata in a Parquet file's footer."""
+        fs, _ = self._located
+        with fs.open(self.path(name), "rb") as file:
+            pairs = pq.ParquetFile(file).schema_arrow.metadata or {}
+        return {key.decode(): value.decode() for key, value in pairs.items()}
+
+    def write_table(
+        self, name: str, table: pa.Table, metadata: Mapping[str, str] | None = None
+    ) -> None:
+        """Write a Parquet file whose bytes depend on the table and metadata alone."""
+        self.write_bytes(name, parquet_bytes(table, metadata))
+
+    def remove(self, name: str) -> None:
+        """Delete a file or a folder with all that is in it; nothing where it is absent."""
+        fs, _ = self._located
+        if fs.exists(self.path(name)):
+            fs.rm(self.path(name), recursive=True)
+
+    def rename(self, old: str, new: str) -> None:
+        """Give a file another name (object stores copy and delete)."""
+        fs, _ = self._located
+        if _is_local(fs):
+            os.replace(self.path(old), self.path(new))
+        else:
+            fs.mv(self.path(old), self.path(new))
+
+
+def parquet_bytes(table: pa.Table, metadata: Mapping[str, str] | None = None) -> bytes:
+    """A table as zstd Parquet; equal tables and metadata give equal bytes.
+
+    Args:
+        table: any table; its own schema metadata is replaced.
+        metadata: written to the footer, in sorted order.
+    """
+    pairs = dict(sorted((metadata or {}).items()))
+    sink = io.BytesIO()
+    pq.write_table(
+        table.combine_chunks().replace_schema_metadata(pairs),
+        sink,
+        compression="zstd",
+        write_page_index=True,
+        row_group_size=10_000,
+    )
+    return sink.getvalue()
+
+
+def iter_lines(url: str) -> Iterator[bytes]:
+    """Lines of a (possibly compressed) text file, split at newline bytes only.
+
+    `str.splitlines` also splits at U+2028 and its like, which are legal inside JSON strings.
+    """
+    with fsspec.open(url, "rb", compression="infer") as file:
+        yield from file
+
+
+def read_file(url: str) -> bytes:
+    """All bytes of a (possibly compressed) file."""
+    with fsspec.open(url, "rb", compression="infer") as file:
+        return cast(bytes, file.read())
+
+
+def expand(url: str, suffixes: tuple[str, ...]) -> list[str]:
+    """The files that a path, glob or folder names, sorted; folders are searched for `suffixes`.
+
+    Raises:
+        ConfigError: nothing is there, or the folder holds no file of a known type.
+    """
+    fs, path = _filesystem(url)
+    if any(character in path for character in "*?["):
+        found = [str(name) for name in fs.glob(path)]
+    elif fs.isdir(path):
+        found = [str(name) for name in fs.find(path) if str(name).endswith(suffixes)]
+    else:
+        found = [path] if fs.exists(path) else []
+    if not found:
+        kind = "holds no data file" if fs.isdir(path) else "doesn't exist"
+        raise ConfigError(f"{url} {kind}; readable are {', '.join(suffixes)} (compressed or not)")
+    return [str(fs.unstrip_protocol(name)) for name in sorted(found)]
+
+
+def content_identity(url: str) -> str:
+    """What identifies a file's content: a SHA-256 for local and memory files, else ETag or size+time."""
+    fs, path = _filesystem(url)
+    if _is_local(fs) or "memory" in fs.protocol:
+        folder, _, name = path.rpartition("/")
+        return "sha256:" + Store(str(fs.unstrip_protocol(folder))).sha256(name)
+    info = fs.info(path)
+    for key in ("ETag", "etag", "md5Hash", "blob_id"):
+        if info.get(key):
+            return f"{key.lower()}:{info[key]}"
+    return f"stat:{info.get('size')}:{info.get('LastModified') or info.get('mtime')}"
+
+
+def _filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    try:
+        fs, path = url_to_fs(url)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"cannot open {url}: {error}") from error
+    return fs, str(path)
+
+
+def _is_local(fs: fsspec.AbstractFileSystem) -> bool:
+    return "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))

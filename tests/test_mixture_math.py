@@ -1,0 +1,725 @@
+"""Mixture stage: each test states the equation that it checks and where the equation comes from."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import ot
+import pytest
+from scipy.optimize import linprog
+from scipy.spatial.distance import cdist
+
+from stages.mixture.bundle import nearest_below_level, optimal_mixture
+from stages.mixture.certificate import (
+    CutSums,
+    certified_lower_bound,
+    cut_sums,
+    full_cuts,
+    near_optimal_ranges,
+    value_lower_bound_at,
+)
+from stages.mixture.cost import cosine_cost, cost_matrix, euclidean_cost, squared_euclidean_cost
+from stages.mixture.cuts import Cuts, lowest_point
+from stages.mixture.energy import energy_mixture, energy_statistics
+from stages.mixture.joint_lp import optimal_mixture_by_lp
+from stages.mixture.simplex import (
+    FloatArray,
+    IntArray,
+    least_dot,
+    nearest_mixture,
+    row_weights,
+)
+from stages.mixture.transport import (
+    TransportNotSolved,
+    c_transform,
+    mean_potential_per_source,
+    transport,
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Rows of K sources, a weighted target and the Euclidean cost between them."""
+
+    x: FloatArray
+    source: IntArray
+    y: FloatArray
+    b: FloatArray
+    cost: FloatArray
+
+    @property
+    def n_sources(self) -> int:
+        """K."""
+        return int(self.source.max()) + 1
+
+    @property
+    def free(self) -> tuple[FloatArray, FloatArray]:
+        """Bounds that allow the whole simplex."""
+        return np.zeros(self.n_sources), np.ones(self.n_sources)
+
+    def value(self, p: FloatArray) -> float:
+        """F(p) = OT(sum_k p_k mu_k, nu)."""
+        return transport(self.cost, row_weights(p, self.source), self.b).value
+
+
+def gaussian_problem(
+    seed: int, sources: int = 3, rows: int = 20, atoms: int = 25, d: int = 4, generic: bool = True
+) -> Problem:
+    """Gaussian sources and a target near their centres; `generic` target weights avoid kinks."""
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(sources, d))
+    source = np.repeat(np.arange(sources), rows)
+    x = centres[source] + rng.normal(size=(source.size, d))
+    y = 0.8 * centres[rng.integers(0, sources, atoms)] + rng.normal(size=(atoms, d))
+    b = rng.uniform(0.2, 1.0, atoms) if generic else np.ones(atoms)
+    return Problem(x, source, y, b / b.sum(), euclidean_cost(x, y))
+
+
+# Ground costs
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "squared_euclidean", "cosine"])
+def test_cost_random_rows_matches_definition(metric):
+    """|x - y|, |x - y|^2 and 1 - x.y / (|x| |y|). Source: definitions."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(30, 7)).astype(np.float32), rng.normal(size=(20, 7)) + 0.5
+    name = {"squared_euclidean": "sqeuclidean"}.get(metric, metric)
+    np.testing.assert_allclose(cost_matrix(x, y, metric), cdist(x, y, name), atol=1e-13)
+
+
+@pytest.mark.parametrize("cost", [euclidean_cost, squared_euclidean_cost, cosine_cost])
+def test_cost_of_row_to_itself_far_from_origin_is_zero(cost):
+    """c(x, x) = 0 and c >= 0. Source: definition of a distance."""
+    x = np.random.default_rng(1).normal(size=(50, 33)) + 10.0
+    y = np.vstack([x, x + 1e-9])
+    values = cost(x, y)
+    assert np.all(np.diagonal(values[:, :50]) == 0)
+    assert values.min() >= 0
+    nudged = np.diagonal(euclidean_cost(x, y)[:, 50:])
+    np.testing.assert_allclose(nudged, 1e-9 * np.sqrt(33), rtol=1e-4)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_cost_row_not_finite_raises_naming_row(bad):
+    """|x - y| is undefined. Source: definition."""
+    x = np.ones((4, 2))
+    x[2, 1] = bad
+    with pytest.raises(ValueError, match="row 2 of y"):
+        euclidean_cost(np.ones((3, 2)), x)
+
+
+def test_cost_cosine_of_zero_vector_raises_naming_row():
+    """Cosine x / |x| is undefined at 0. Source: definition."""
+    x = np.ones((4, 2))
+    x[1] = 0.0
+    with pytest.raises(ValueError, match="row 1 of x"):
+        cosine_cost(x, np.ones((3, 2)))
+    assert euclidean_cost(x, np.ones((3, 2)))[1, 0] == pytest.approx(np.sqrt(2))
+
+
+# Transport (T1, T2, T4, T14)
+
+
+def test_transport_random_weights_has_strong_duality():
+    """T1: <C, P> = <a, f> + <b, g> with f + g <= C. Source: LP duality."""
+    problem = gaussian_problem(1)
+    a = row_weights(np.array([0.2, 0.5, 0.3]), problem.source)
+    answer = transport(problem.cost, a, problem.b)
+    f, g = answer.source_potential, answer.target_potential
+    reference = ot.emd2(a, problem.b, problem.cost)
+    assert answer.value == pytest.approx(reference, rel=1e-9)
+    assert a @ f + problem.b @ g == pytest.approx(reference, rel=1e-9)
+    assert (f[:, None] + g - problem.cost).max() <= 1e-12
+
+
+def test_transport_massless_target_atoms_equals_transport_without_them():
+    """Atoms with b_j = 0 drop out of <C, P>, and bind no f_i. Source: LP duality."""
+    problem = gaussian_problem(2)
+    a = row_weights(np.array([0.2, 0.5, 0.3]), problem.source)
+    b = problem.b.copy()
+    b[:10] = 0.0
+    answer = transport(problem.cost, a, b)
+    assert answer.value == pytest.approx(transport(problem.cost[:, 10:], a, b[10:]).value)
+    dual = a @ answer.source_potential + b / b.sum() @ answer.target_potential
+    assert dual == pytest.approx(answer.value, rel=1e-9)
+    f = c_transform(problem.cost[:, 10:], answer.target_potential[10:])
+    np.testing.assert_array_equal(answer.source_potential, f)
+
+
+def test_transport_warm_start_from_other_weights_gives_cold_value():
+    """Least <C, P> doesn't depend on where the simplex starts. Source: definition of a minimum."""
+    problem = gaussian_problem(3)
+    weights = [row_weights(np.array(p), problem.source) for p in ([0.6, 0.4, 0], [0.1, 0.2, 0.7])]
+    first, cold = (transport(problem.cost, a, problem.b) for a in weights)
+    warm = transport(problem.cost, weights[1], problem.b, first)
+    assert warm.value == pytest.approx(cold.value, rel=1e-12)
+    assert abs(first.value - cold.value) > 1e-3
+
+
+@pytest.mark.parametrize("unit", [1e-12, 1e9])
+def test_transport_cost_in_other_unit_scales_value(unit):
+    """T9: OT(s C) = s OT(C); POT alone fails at 1e-12. Source: linearity of <C, P>."""
+    problem = gaussian_problem(4, rows=60, atoms=80)
+    a = row_weights(np.array([0.2, 0.5, 0.3]), problem.source)
+    value = transport(problem.cost, a, problem.b).value
+    scaled = transport(problem.cost * unit, a, problem.b).value
+    assert scaled / unit == pytest.approx(value, rel=1e-9)
+
+
+def slopes_along(problem: Problem, p: FloatArray, direction: FloatArray) -> FloatArray:
+    """Backward difference, h . direction and forward difference."""
+    step = 1e-6
+    answer = transport(problem.cost, row_weights(p, problem.source), problem.b)
+    h = mean_potential_per_source(answer.source_potential, problem.source, p.size)
+    back, ahead = problem.value(p - step * direction), problem.value(p + step * direction)
+    return np.array([(answer.value - back) / step, h @ direction, (ahead - answer.value) / step])
+
+
+def test_gradient_uniform_weights_lies_between_one_sided_differences():
+    """T2: F'(p; -d) <= h . d <= F'(p; d). Source: LP duality, h is a subgradient of convex F."""
+    problem = gaussian_problem(5, generic=False)
+    kinks = 0
+    for p, (i, j) in itertools.product(
+        [(0.2, 0.5, 0.3), (0.25, 0.25, 0.5), (0.4, 0.4, 0.2)], [(0, 1), (1, 2), (2, 0)]
+    ):
+        direction = np.eye(3)[i] - np.eye(3)[j]
+        backward, slope, forward = slopes_along(problem, np.array(p), direction)
+        assert backward - 1e-7 <= slope <= forward + 1e-7
+        kinks += forward - backward > 1e-4
+    assert kinks > 0, "no kink met: the bracket was not put to the test"
+
+
+def test_gradient_generic_weights_equals_central_difference():
+    """T2: h . d = F'(p; d) where F is differentiable. Source: Danskin's theorem."""
+    problem = gaussian_problem(6)
+    rng = np.random.default_rng(6)
+    for _ in range(8):
+        p = nearest_mixture(rng.dirichlet(np.ones(3)), np.full(3, 0.05), np.ones(3))
+        direction = rng.normal(size=3)
+        direction -= direction.mean()
+        backward, slope, forward = slopes_along(problem, p, direction)
+        assert slope == pytest.approx((backward + forward) / 2, abs=1e-6)
+
+
+def test_gradient_of_source_without_weight_equals_forward_difference():
+    """T4: h_k from f = min_j (C - g) is right at p_k = 0; POT's own u isn't. Source: LP duality."""
+    problem = gaussian_problem(0)
+    p, step = np.array([0.6, 0.4, 0.0]), 1e-6
+    direction = np.array([-0.6, -0.4, 1.0])
+    a = row_weights(p, problem.source)
+    answer = transport(problem.cost, a, problem.b)
+    difference = (problem.value(p + step * direction) - answer.value) / step
+    h = mean_potential_per_source(answer.source_potential, problem.source, 3)
+    assert h @ direction == pytest.approx(difference, abs=1e-6)
+    _, log = ot.emd2(a, problem.b, problem.cost, log=True)
+    loose = mean_potential_per_source(log["u"], problem.source, 3)
+    assert abs(loose @ direction - difference) > 0.1
+
+
+def test_mean_potential_with_row_weights_is_weighted_mean():
+    """h_k = sum w f / sum w over source k. Source: definition."""
+    h = mean_potential_per_source(np.array([1.0, 3.0, 5.0]), [0, 0, 1], 2, [3.0, 1.0, 2.0])
+    np.testing.assert_allclose(h, [1.5, 5.0])
+    with pytest.raises(ValueError, match="source 2 has no rows"):
+        mean_potential_per_source(np.array([1.0, 3.0, 5.0]), [0, 0, 1], 3)
+
+
+def test_transport_out_of_iterations_raises_instead_of_warning():
+    """T14: a plan that isn't optimal is only an upper bound. Source: POT's result code."""
+    problem = gaussian_problem(7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(TransportNotSolved, match="numItermax"):
+            transport(problem.cost, np.ones(60), problem.b, max_iterations=5)
+
+
+@pytest.mark.parametrize("bad", [-0.1, np.nan])
+def test_transport_weight_not_a_mass_raises_naming_atom(bad):
+    """P >= 0 needs a >= 0. Source: constraints of the LP."""
+    problem = gaussian_problem(7)
+    a = np.ones(60)
+    a[3] = bad
+    with pytest.raises(ValueError, match=r"a\[3\]"):
+        transport(problem.cost, a, problem.b)
+
+
+# Simplex with bounds
+
+
+def random_mixtures(seed: int, lower: FloatArray, upper: FloatArray) -> FloatArray:
+    """Points of the bounded simplex: convex combinations of its vertices."""
+    rng = np.random.default_rng(seed)
+    corners = np.array([least_dot(rng.normal(size=lower.size), lower, upper) for _ in range(30)])
+    return rng.dirichlet(np.full(len(corners), 0.2), size=300) @ corners
+
+
+LOWER, UPPER = np.array([0.1, 0.0, 0.05, 0.0]), np.array([0.5, 0.3, 0.6, 0.9])
+
+
+def test_nearest_mixture_random_points_satisfies_variational_inequality():
+    """(point - q) . (z - q) <= 0 for all feasible z. Source: projection on a convex set."""
+    rng = np.random.default_rng(8)
+    others = random_mixtures(8, LOWER, UPPER)
+    for point in rng.normal(size=(20, 4)):
+        q = nearest_mixture(point, LOWER, UPPER)
+        assert q.sum() == pytest.approx(1, abs=1e-14)
+        assert np.all((q >= LOWER) & (q <= UPPER))
+        assert ((others - q) @ (point - q)).max() <= 1e-12
+
+
+def test_least_dot_random_slopes_equals_linear_programme():
+    """Least p . h, lower <= p <= upper, sum p = 1. Source: LP solved by HiGHS."""
+    for slope in np.random.default_rng(9).normal(size=(20, 4)):
+        p = least_dot(slope, LOWER, UPPER)
+        bounds = np.column_stack([LOWER, UPPER])
+        answer = linprog(slope, A_eq=np.ones((1, 4)), b_eq=[1.0], bounds=bounds)
+        assert p.sum() == pytest.approx(1, abs=1e-14)
+        assert p @ slope == pytest.approx(answer.fun, abs=1e-9)
+
+
+def test_nearest_below_level_random_cuts_satisfies_variational_inequality():
+    """(point - q) . (z - q) <= 0 for all z with M z <= level. Source: convex projection."""
+    rng = np.random.default_rng(10)
+    others = random_mixtures(10, LOWER, UPPER)
+    tested = 0
+    for _ in range(20):
+        cuts = Cuts(rng.normal(size=(6, 4)), rng.normal(size=6))
+        point = others[rng.integers(len(others))]
+        low = lowest_point(cuts, LOWER, UPPER)[0]
+        level = low + 0.3 * (cuts.value_at(point) - low)
+        q = nearest_below_level(point, cuts, level, LOWER, UPPER)
+        assert q is not None
+        assert cuts.value_at(q) <= level + 1e-9
+        assert np.all((q >= LOWER) & (q <= UPPER))
+        inside = others[(others @ cuts.vertex_values().T).max(axis=1) <= level]
+        if len(inside) and np.abs(point - q).max() > 1e-6:
+            assert ((inside - q) @ (point - q)).max() <= 1e-9
+            tested += len(inside)
+    assert tested > 50
+
+
+def test_nearest_below_level_empty_set_returns_none():
+    """No p has M p <= level below min_p max_j (M p)_j. Source: definition."""
+    cuts = Cuts(np.random.default_rng(11).normal(size=(5, 4)), np.zeros(5))
+    bound, lowest = lowest_point(cuts, LOWER, UPPER)
+    assert nearest_below_level(lowest, cuts, bound - 0.1, LOWER, UPPER) is None
+
+
+def test_lowest_point_random_cuts_is_a_saddle_point():
+    """min_p max_j (M p)_j: bound <= every value, met at the minimiser. Source: LP duality."""
+    cuts = Cuts(np.random.default_rng(12).normal(size=(6, 4)), np.zeros(6))
+    bound, lowest = lowest_point(cuts, LOWER, UPPER)
+    assert cuts.value_at(lowest) == pytest.approx(bound, abs=1e-9)
+    values = (random_mixtures(12, LOWER, UPPER) @ cuts.vertex_values().T).max(axis=1)
+    assert values.min() >= bound
+
+
+# Optimal mixture (T3, T7, T9, T13, T14)
+
+
+def dual_value(problem: Problem) -> float:
+    """Largest <b, g> + t with f_i + g_j <= C_ij and mean_{i in k} f_i >= t."""
+    n, m = problem.cost.shape
+    members = problem.source == np.arange(problem.n_sources)[:, None]
+    mean = members / members.sum(axis=1, keepdims=True)
+    pairs = np.hstack(
+        [np.kron(np.eye(n), np.ones((m, 1))), np.tile(np.eye(m), (n, 1)), np.zeros((n * m, 1))]
+    )
+    floors = np.hstack([-mean, np.zeros((len(mean), m)), np.ones((len(mean), 1))])
+    answer = linprog(
+        -np.concatenate([np.zeros(n), problem.b, [1.0]]),
+        A_ub=np.vstack([pairs, floors]),
+        b_ub=np.concatenate([problem.cost.ravel(), np.zeros(len(mean))]),
+        bounds=(None, None),
+    )
+    return -float(answer.fun)
+
+
+@pytest.mark.parametrize("seed", [20, 21])
+def test_optimal_mixture_free_weights_equals_joint_lp_and_dual(seed):
+    """T3: min_p F(p) = min_{P, p} <C, P> = max_g [<b, g> + min_k h_k(g)]. Source: LP duality."""
+    problem = gaussian_problem(seed)
+    bundle = optimal_mixture(problem.cost, problem.source, problem.b, *problem.free, 1e-8)
+    joint = optimal_mixture_by_lp(problem.cost, problem.source, problem.b, *problem.free)
+    assert bundle.value == pytest.approx(joint.value, rel=1e-6)
+    assert bundle.lower_bound == pytest.approx(joint.value, rel=1e-6)
+    assert dual_value(problem) == pytest.approx(joint.value, rel=1e-6)
+    assert problem.value(bundle.weights) == pytest.approx(joint.value, rel=1e-6)
+    assert problem.value(joint.weights) == pytest.approx(joint.value, rel=1e-6)
+    uniform = np.full(3, 1 / 3)
+    assert problem.value(uniform) > joint.value * 1.001, "the start was already optimal"
+
+
+def test_optimal_mixture_eight_sources_certifies_gap_by_its_cuts():
+    """LB <= F* <= UB and UB - LB <= tol UB; cuts are tight at their p. Source: LP duality."""
+    problem = gaussian_problem(22, sources=8, rows=12, atoms=60, d=8)
+    result = optimal_mixture(problem.cost, problem.source, problem.b, *problem.free, 1e-4)
+    joint = optimal_mixture_by_lp(problem.cost, problem.source, problem.b, *problem.free)
+    assert result.lower_bound <= joint.value * (1 + 1e-9)
+    assert joint.value <= result.value * (1 + 1e-9)
+    assert 0 <= result.gap <= 1e-4 * result.value
+    assert result.potentials.shape == (result.solves, 60)
+    assert result.cuts.slopes.shape == (result.solves, 8)
+    h = [
+        mean_potential_per_source(c_transform(problem.cost, g), problem.source, 8)
+        for g in result.potentials
+    ]
+    np.testing.assert_allclose(result.cuts.slopes, h, atol=1e-12)
+    np.testing.assert_allclose(result.cuts.constants, result.potentials @ problem.b, atol=1e-12)
+    assert result.cuts.value_at(result.weights) == pytest.approx(result.value, rel=1e-9)
+
+
+def test_optimal_mixture_twenty_sources_needs_few_solves():
+    """Steps to the nearest point of the level set; Kelley's took 193 here. Source: LNN 1995."""
+    problem = gaussian_problem(34, sources=20, rows=20, atoms=100, d=16)
+    result = optimal_mixture(problem.cost, problem.source, problem.b, *problem.free, 1e-4)
+    assert result.solves <= 60
+
+
+def test_optimal_mixture_single_source_takes_one_solve():
+    """K = 1: the simplex is the point p = 1. Source: definition."""
+    problem = gaussian_problem(23, sources=1)
+    result = optimal_mixture(problem.cost, problem.source, problem.b, [0.0], [1.0])
+    assert result.weights.tolist() == [1.0]
+    assert result.solves == 1
+    assert result.value == pytest.approx(ot.emd2(np.full(20, 1 / 20), problem.b, problem.cost))
+
+
+@pytest.mark.parametrize("truth", [[0.5, 0.2, 0.3, 0.0], [0.1, 0.2, 0.3, 0.4]])
+def test_optimal_mixture_target_made_of_sources_recovers_weights(truth):
+    """T7: nu = sum p*_k mu_k on disjoint atoms: F(p) = 0 iff p = p*. Source: OT is a metric."""
+    p = np.array(truth)
+    x = np.random.default_rng(24).normal(size=(60, 3))
+    source = np.repeat(np.arange(4), 15)
+    b = row_weights(p, source)
+    result = optimal_mixture(euclidean_cost(x, x), source, b, np.zeros(4), np.ones(4))
+    np.testing.assert_allclose(result.weights, p, atol=1e-8)
+    assert result.value == pytest.approx(0, abs=1e-10)
+    assert result.lower_bound <= 1e-15
+
+
+def test_value_random_segments_is_convex():
+    """T9: F(s p + (1 - s) q) <= s F(p) + (1 - s) F(q). Source: LP value in its right-hand side."""
+    problem = gaussian_problem(25)
+    rng = np.random.default_rng(25)
+    slack = []
+    for _ in range(40):
+        p, q, s = rng.dirichlet(np.ones(3)), rng.dirichlet(np.ones(3)), rng.uniform()
+        chord = s * problem.value(p) + (1 - s) * problem.value(q)
+        slack.append(chord - problem.value(s * p + (1 - s) * q))
+    assert min(slack) >= -1e-9
+    assert max(slack) > 1e-3
+
+
+def test_optimal_mixture_sources_renamed_permutes_weights():
+    """T9: weights follow their sources under relabelling. Source: symmetry of the LP."""
+    problem = gaussian_problem(26, sources=4)
+    order = np.array([2, 0, 3, 1])
+    lower, upper = np.array([0.05, 0.0, 0.1, 0.0]), np.array([0.3, 0.4, 0.5, 1.0])
+    plain = optimal_mixture(problem.cost, problem.source, problem.b, lower, upper, 1e-12)
+    new_lower, new_upper = np.empty(4), np.empty(4)
+    new_lower[order], new_upper[order] = lower, upper
+    renamed = optimal_mixture(
+        problem.cost, order[problem.source], problem.b, new_lower, new_upper, 1e-12
+    )
+    assert renamed.value == pytest.approx(plain.value, rel=1e-9)
+    np.testing.assert_allclose(renamed.weights[order], plain.weights, atol=1e-7)
+    assert np.ptp(plain.weights) > 0.1
+
+
+def test_value_rows_of_one_source_duplicated_stays():
+    """T9: mu_k doesn't change when its rows are repeated. Source: definition of mu_k."""
+    problem = gaussian_problem(27)
+    twice = np.concatenate([np.arange(60), np.flatnonzero(problem.source == 1)])
+    p = np.array([0.3, 0.5, 0.2])
+    doubled = transport(problem.cost[twice], row_weights(p, problem.source[twice]), problem.b).value
+    assert doubled == pytest.approx(problem.value(p), rel=1e-9)
+    best = [
+        optimal_mixture(cost, source, problem.b, *problem.free, 1e-10).value
+        for cost, source in [
+            (problem.cost, problem.source),
+            (problem.cost[twice], problem.source[twice]),
+        ]
+    ]
+    assert best[1] == pytest.approx(best[0], rel=1e-9)
+
+
+def test_optimal_mixture_cost_in_other_unit_keeps_weights():
+    """T9: argmin s F = argmin F. Source: linearity of <C, P>."""
+    problem = gaussian_problem(28)
+    small, large = (
+        optimal_mixture(problem.cost * s, problem.source, problem.b, *problem.free, 1e-11)
+        for s in (1e-11, 1e9)
+    )
+    assert small.value / 1e-11 == pytest.approx(large.value / 1e9, rel=1e-9)
+    np.testing.assert_allclose(small.weights, large.weights, atol=1e-7)
+
+
+def test_optimal_mixture_binding_caps_and_floors_are_respected():
+    """T13: lower <= p <= upper keeps the problem an LP. Source: LP duality."""
+    problem = gaussian_problem(29)
+    free = optimal_mixture(problem.cost, problem.source, problem.b, *problem.free)
+    most, least = int(free.weights.argmax()), int(free.weights.argmin())
+    lower, upper = np.zeros(3), np.full(3, np.inf)
+    upper[most] = free.weights[most] - 0.1
+    lower[least] = free.weights[least] + 0.05
+    bound = optimal_mixture(problem.cost, problem.source, problem.b, lower, upper, 1e-8)
+    joint = optimal_mixture_by_lp(problem.cost, problem.source, problem.b, lower, upper)
+    for weights in (bound.weights, joint.weights):
+        assert np.all((weights >= lower) & (weights <= upper))
+        assert weights.sum() == pytest.approx(1, abs=1e-12)
+    assert bound.value == pytest.approx(joint.value, rel=1e-6)
+    assert bound.value > free.value * (1 + 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("lower", "upper", "message"),
+    [
+        ([0.5, 0.4, 0.2], [1, 1, 1], r"\[0.5, 0.4, 0.2\] sum to 1.1, above 1"),
+        ([0, 0, 0], [0.3, 0.3, 0.3], r"\[0.3, 0.3, 0.3\] sum to 0.9, below 1"),
+        ([0, 0.5, 0], [1, 0.4, 1], "source 1: need 0 <= 0.5 <= 0.4"),
+        ([0, 0, -0.1], [1, 1, 1], "source 2: need 0 <= -0.1"),
+        ([0, np.nan, 0], [1, 1, 1], "source 1"),
+        ([0, 0], [1, 1, 1], "shape"),
+    ],
+)
+def test_optimal_mixture_infeasible_bounds_raises_naming_them(lower, upper, message):
+    """T13: nonempty iff 0 <= l <= u, sum l <= 1 <= sum u. Source: intermediate value theorem."""
+    problem = gaussian_problem(30)
+    arguments = problem.cost, problem.source, problem.b
+    with pytest.raises(ValueError, match=message):
+        optimal_mixture(*arguments, lower, upper)
+    with pytest.raises(ValueError, match=message):
+        optimal_mixture_by_lp(*arguments, lower, upper)
+    with pytest.raises(ValueError, match=message):
+        energy_mixture(problem.x, problem.source, problem.y, problem.b, lower, upper, "euclidean")
+
+
+def test_optimal_mixture_too_few_solves_raises():
+    """T14: without UB - LB <= tol UB nothing is returned. Source: stopping rule."""
+    problem = gaussian_problem(31)
+    with pytest.raises(TransportNotSolved, match="after 2 solves"):
+        optimal_mixture(problem.cost, problem.source, problem.b, *problem.free, 1e-9, max_solves=2)
+
+
+def test_optimal_mixture_source_without_rows_raises_naming_it():
+    """mu_k needs rows. Source: definition of mu_k."""
+    problem = gaussian_problem(32)
+    for solve in (optimal_mixture, optimal_mixture_by_lp):
+        with pytest.raises(ValueError, match="source 3 has no rows"):
+            solve(problem.cost, problem.source, problem.b, np.zeros(4), np.ones(4))
+
+
+def test_joint_lp_plan_above_limit_raises():
+    """The LP has n m variables. Source: size of the plan."""
+    problem = gaussian_problem(33)
+    with pytest.raises(ValueError, match="60 x 25 entries is above the limit of 1000"):
+        optimal_mixture_by_lp(
+            problem.cost, problem.source, problem.b, *problem.free, max_plan_entries=1000
+        )
+
+
+# Certificate (T5, T6, T10)
+
+
+def sums_over(problem: Problem, potentials: FloatArray, rows: IntArray, tile: int = 64) -> CutSums:
+    """Sums of the cuts over some rows of the problem."""
+    return cut_sums(
+        problem.x[rows],
+        problem.source[rows],
+        problem.y,
+        potentials,
+        "euclidean",
+        problem.n_sources,
+        tile_rows=tile,
+    )
+
+
+def test_certificate_potentials_of_sample_bound_full_problem():
+    """T5: LB <= min F_full <= F_full(p_sub), LB(p) <= F_full(p). Source: LP duality."""
+    full = gaussian_problem(40, rows=120, atoms=40)
+    sample = np.concatenate([np.arange(k * 120, k * 120 + 30) for k in range(3)])
+    bundle = optimal_mixture(full.cost[sample], full.source[sample], full.b, *full.free)
+    sums = sums_over(full, bundle.potentials, np.arange(360))
+    bound, lowest = certified_lower_bound(sums, bundle.potentials, full.b, *full.free)
+    least = optimal_mixture(full.cost, full.source, full.b, *full.free, 1e-8)
+    assert bound <= least.value
+    assert least.lower_bound <= full.value(bundle.weights)
+    assert bound > 0.9 * least.value, "a bound this loose certifies nothing"
+    for p in (bundle.weights, lowest, np.array([0.2, 0.2, 0.6])):
+        at = value_lower_bound_at(p, sums, bundle.potentials, full.b)
+        assert bound <= at + 1e-12
+        assert at <= full.value(p) + 1e-12
+
+
+def test_cut_any_potential_lies_below_value():
+    """T6: F(q) >= q . h(g) + <b, g> for all g, q; equality at optimal g. Source: LP duality."""
+    problem = gaussian_problem(41)
+    rng = np.random.default_rng(41)
+    rows = np.arange(60)
+    for scale in (0.01, 0.3, 3.0):
+        g = scale * rng.normal(size=(5, 25))
+        sums = sums_over(problem, g, rows)
+        for q in rng.dirichlet(np.ones(3), size=5):
+            assert value_lower_bound_at(q, sums, g, problem.b) <= problem.value(q) + 1e-12
+    q = np.array([0.3, 0.3, 0.4])
+    best = transport(problem.cost, row_weights(q, problem.source), problem.b)
+    g = best.target_potential[None]
+    tight = value_lower_bound_at(q, sums_over(problem, g, rows), g, problem.b)
+    assert tight == pytest.approx(best.value, rel=1e-9)
+
+
+@pytest.mark.parametrize("shards", [1, 3, 17])
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_certificate_rows_in_other_shards_and_order_gives_same_bound(shards, metric):
+    """T10: sums over disjoint shards add up in any order, to 1e-12. Source: linearity of sums."""
+    problem = gaussian_problem(42, rows=50)
+    rng = np.random.default_rng(42)
+    g = 0.3 * rng.normal(size=(4, 25))
+    x = np.vstack([problem.x, problem.y])  # costs of 0 are where rounding shows
+    source = np.append(problem.source, rng.integers(0, 3, 25))
+
+    def sums(rows: IntArray, tile: int) -> CutSums:
+        return cut_sums(x[rows], source[rows], problem.y, g, metric, 3, tile_rows=tile)
+
+    whole = sums(np.arange(len(x)), 4096)
+    parts = np.array_split(rng.permutation(len(x)), shards)
+    merged = sums(parts[0], 7)
+    for part in parts[1:]:
+        merged = sums(part, 11) + merged
+    np.testing.assert_array_equal(merged.count, whole.count)
+    np.testing.assert_allclose(merged.total, whole.total, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(merged.squares, whole.squares, rtol=1e-12, atol=1e-12)
+    bounds = [certified_lower_bound(s, g, problem.b, *problem.free)[0] for s in (merged, whole)]
+    assert bounds[0] == pytest.approx(bounds[1], abs=1e-12)
+
+
+def test_cut_sums_known_potential_gives_mean_and_standard_error():
+    """h_k = mean of min_j (C_ij - g_j); its error sd / sqrt(n). Source: central limit theorem."""
+    problem = gaussian_problem(43)
+    g = np.random.default_rng(43).normal(size=(2, 25))
+    sums = sums_over(problem, g, np.arange(60))
+    lowest = (cdist(problem.x, problem.y)[None] - g[:, None]).min(axis=2).reshape(2, 3, 20)
+    np.testing.assert_allclose(sums.means(), lowest.mean(axis=2), rtol=1e-12)
+    error = lowest.std(axis=2, ddof=1) / np.sqrt(20)
+    np.testing.assert_allclose(sums.standard_errors(), error, rtol=1e-9)
+
+
+def test_cut_sums_block_of_no_rows_is_neutral_and_cannot_certify():
+    """Empty sums are 0; a mean of no rows is undefined. Source: definition."""
+    problem = gaussian_problem(44)
+    g = np.zeros((2, 25))
+    nothing = sums_over(problem, g, np.arange(0))
+    some = sums_over(problem, g, np.arange(60))
+    np.testing.assert_array_equal((some + nothing).total, some.total)
+    with pytest.raises(ValueError, match="source 2 has no rows"):
+        certified_lower_bound(
+            nothing + sums_over(problem, g, np.arange(40)), g, problem.b, *problem.free
+        )
+
+
+def test_cut_sums_bad_row_raises_with_its_place_in_the_block():
+    """min_j c(x, y_j) is undefined for NaN. Source: definition."""
+    problem = gaussian_problem(45)
+    x = problem.x.copy()
+    x[41, 0] = np.nan
+    with pytest.raises(ValueError, match="row 41 of x"):
+        cut_sums(x, problem.source, problem.y, np.zeros((1, 25)), "euclidean", 3, tile_rows=16)
+
+
+def test_near_optimal_ranges_three_sources_match_grid_search():
+    """[min p_k, max p_k] with M p <= (1 + delta) LB, by enumeration. Source: definition."""
+    problem = gaussian_problem(46)
+    result = optimal_mixture(problem.cost, problem.source, problem.b, *problem.free, 1e-8)
+    cuts = full_cuts(
+        sums_over(problem, result.potentials, np.arange(60)), result.potentials, problem.b
+    )
+    step, delta = 1 / 200, 0.02
+    ranges = near_optimal_ranges(cuts, *problem.free, delta)
+    grid = np.array([(i, j, 200 - i - j) for i in range(201) for j in range(201 - i)]) * step
+    level = (1 + delta) * lowest_point(cuts, *problem.free)[0]
+    near = grid[(grid @ cuts.vertex_values().T).max(axis=1) <= level]
+    assert len(near) > 50
+    assert np.all(near.min(axis=0) >= ranges[:, 0] - 1e-9)
+    assert np.all(near.max(axis=0) <= ranges[:, 1] + 1e-9)
+    np.testing.assert_allclose(near.min(axis=0), ranges[:, 0], atol=3 * step)
+    np.testing.assert_allclose(near.max(axis=0), ranges[:, 1], atol=3 * step)
+    scaled = Cuts(cuts.slopes * 1e-11, cuts.constants * 1e-11)
+    np.testing.assert_allclose(near_optimal_ranges(scaled, *problem.free, delta), ranges, atol=1e-6)
+    narrow = near_optimal_ranges(cuts, *problem.free, 0.0)
+    assert np.all(narrow[:, 0] <= result.weights + 1e-3)
+    assert np.ptp(narrow, axis=1).max() < 0.1 * np.ptp(ranges, axis=1).max()
+
+
+# Energy distance
+
+
+def energy_by_pairs(problem: Problem, p: FloatArray) -> float:
+    """2 E c(x, y) - E c(x, x') - E c(y, y') by a sum over all pairs, none with itself."""
+    sizes = np.bincount(problem.source)
+    a = row_weights(p, problem.source)
+    same = problem.source[:, None] == problem.source
+    pairs = np.outer(a, a)
+    pairs[same] *= np.repeat(sizes / (sizes - 1), sizes)[:, None].repeat(a.size, 1)[same]
+    np.fill_diagonal(pairs, 0.0)
+    own = np.outer(problem.b, problem.b)
+    np.fill_diagonal(own, 0.0)
+    return float(
+        2 * a @ cdist(problem.x, problem.y) @ problem.b
+        - (pairs * cdist(problem.x, problem.x)).sum()
+        - (own * cdist(problem.y, problem.y)).sum() / own.sum()
+    )
+
+
+def test_energy_value_equals_sum_over_pairs():
+    """ED(p) = 2 p . D - p^T E p - S. Source: Szekely and Rizzo 2013."""
+    problem = gaussian_problem(50)
+    mixture = energy_mixture(
+        problem.x, problem.source, problem.y, problem.b, *problem.free, "euclidean"
+    )
+    assert mixture.value == pytest.approx(energy_by_pairs(problem, mixture.weights), abs=1e-12)
+    grid = np.array([(i, j, 40 - i - j) for i in range(41) for j in range(41 - i)]) / 40
+    values = [energy_by_pairs(problem, p) for p in grid]
+    assert mixture.value <= min(values) + 1e-9
+    np.testing.assert_allclose(mixture.weights, grid[int(np.argmin(values))], atol=1 / 40)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_energy_target_drawn_from_distinct_sources_recovers_weights(metric):
+    """E ED(p) = 0 iff p = p*: error n^(-1/2). Source: Szekely and Rizzo 2013 (negative type)."""
+    rng = np.random.default_rng(51)
+    truth = np.array([0.5, 0.3, 0.2, 0.0])
+    centres = 3.0 * np.eye(4, 16)
+    source, labels = (
+        np.repeat(np.arange(4), 300),
+        np.repeat(np.arange(4), (truth * 300).astype(int)),
+    )
+    x, y = (centres[k] + rng.normal(size=(k.size, 16)) for k in (source, labels))
+    mixture = energy_mixture(x, source, y, np.ones(300), np.zeros(4), np.ones(4), metric)
+    np.testing.assert_allclose(mixture.weights, truth, atol=0.03)
+    assert abs(mixture.value) < 0.02
+
+
+def test_energy_statistics_of_one_row_per_source_raises():
+    """E_kk needs two independent rows. Source: U-statistics."""
+    x, y = np.eye(3), np.eye(3)
+    with pytest.raises(ValueError, match="source 1 has 1 rows"):
+        energy_statistics(x, [0, 0, 1], y, np.ones(3), "euclidean", 2)
+
+
+def test_energy_low_variance_decoys_are_refused_where_plain_transport_takes_them():
+    """T8: argmin F takes sources of half the spread, argmin ED doesn't. Source: measured."""
+    rng = np.random.default_rng(52)
+    centres = rng.normal(size=(2, 16)) / 2
+    source = np.repeat(np.arange(4), 200)
+    spread = np.array([1.0, 1.0, 0.5, 0.5])
+    x = centres[source % 2] + spread[source, None] * rng.normal(size=(800, 16))
+    y = centres[np.arange(200) % 2] + rng.normal(size=(200, 16))
+    free, b = (np.zeros(4), np.ones(4)), np.ones(200)
+    plain = optimal_mixture(euclidean_cost(x, y), source, b, *free, 1e-3)
+    energy = energy_mixture(x, source, y, b, *free, "euclidean")
+    assert plain.weights[2:].sum() > 0.9
+    assert energy.weights[2:].sum() < 0.1
