@@ -1,4 +1,4 @@
-"""Backends: where shards are computed. `local` is this process; `ray` is in `pipeline.ray_backend`."""
+"""Backends: where shards are computed. `local` is this process; `ray` is `pipeline.ray_backend`."""
 
 from __future__ import annotations
 

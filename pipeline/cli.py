@@ -171,8 +171,12 @@ def _quieten() -> None:
     """Keep model libraries' bars and warnings out of the progress display."""
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    hush: tuple[Callable[[], None], ...] = (
+        transformers_logging.set_verbosity_error,
+        transformers_logging.disable_progress_bar,
+    )
+    for call in hush:
+        call()
 
 
 def _guarded(action: Callable[[], None], debug: bool) -> None:

@@ -41,7 +41,9 @@ class Placement(Settings):
     cpus: float | None = Field(
         default=None,
         gt=0,
-        description="Cores reserved for one replica. Unset on a CPU: engines take the cores in turn.",
+        description=(
+            "Cores reserved for one replica. Unset on a CPU: engines take the cores in turn."
+        ),
     )
 
     @model_validator(mode="after")
@@ -83,7 +85,10 @@ class Recipe(BaseModel):
     targets: list[Target] = Field(default_factory=list)
     models: dict[str, ModelSettings] = Field(default_factory=dict)
     max_failed_share: float = Field(
-        default=0.1, ge=0, le=1, description="Share of a stage's rows that may fail before it stops."
+        default=0.1,
+        ge=0,
+        le=1,
+        description="Share of a stage's rows that may fail before it stops.",
     )
     ingest: IngestSettings = IngestSettings()
     difficulty: DifficultySettings | None = None
@@ -265,6 +270,8 @@ def _fields_at(location: Sequence[int | str]) -> list[str]:
     """Field names of the model at a place of the config."""
     here: Any = Config
     for part in location:
+        if isinstance(part, int):
+            continue
         if isinstance(here, type) and issubclass(here, BaseModel):
             field = here.model_fields.get(str(part))
             here = field.annotation if field else None

@@ -1,18 +1,21 @@
 """The Ray backend: pools of engine actors, and light workers that compute shards with them.
 
 It joins the cluster that RAY_ADDRESS names and never shuts that down, or starts a local one on the
-loopback interface. An actor that dies is restarted by Ray with its model, and only the calls that it
-was serving are made again. Ray core, not ray.data: a shard is the unit of work, commit and resume.
+loopback interface. An actor that dies is restarted by Ray with its model, and only the calls that
+it was serving are made again. Ray core, not ray.data: a shard is the unit of work, commit and
+resume.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
@@ -26,10 +29,16 @@ from stages.base import Artifact, EngineSpec
 from stages.engines.local import make_engine
 from stages.errors import EngineError, StageError, TamisError
 
+if TYPE_CHECKING:
+    from ray.actor import ActorClass
+
 _RESTARTS = 3
 
+Pools = dict[str, list[Any]]
+"""Engine actors by role."""
 
-@ray.remote(max_restarts=_RESTARTS, max_task_retries=_RESTARTS)  # type: ignore[untyped-decorator]
+
+@ray.remote(max_restarts=_RESTARTS, max_task_retries=_RESTARTS)
 class EngineActor:
     """Holds one model."""
 
@@ -87,22 +96,28 @@ class PoolHandle:
             self._busy[place] -= 1
 
 
-@ray.remote(max_restarts=_RESTARTS, max_task_retries=_RESTARTS, num_cpus=0)  # type: ignore[untyped-decorator]
+@ray.remote(max_restarts=_RESTARTS, max_task_retries=_RESTARTS, num_cpus=0)
 class ShardWorker:
     """Reads, computes and commits shards; asks the engine pools for all model work."""
 
-    def __init__(self, pools: Mapping[str, list[Any]], in_turn: bool) -> None:
-        """Keep the pools by role; `in_turn`: one engine at a time takes the cores."""
-        turn = asyncio.Lock() if in_turn else None
-        self._handles = {role: PoolHandle(list(actors), turn) for role, actors in pools.items()}
+    def __init__(self, in_turn: bool) -> None:
+        """`in_turn`: one engine at a time takes the cores."""
+        self._turn = asyncio.Lock() if in_turn else None
+        self._handles: dict[str, PoolHandle] = {}
 
-    async def shard(self, task: ShardTask) -> ShardReport:
+    async def shard(self, task: ShardTask, pools: Pools) -> ShardReport:
         """Compute and commit one shard."""
-        return await compute_shard(task, self._handles)
+        return await compute_shard(task, self._of(pools))
 
-    async def fit(self, task: FitTask) -> Artifact:
+    async def fit(self, task: FitTask, pools: Pools) -> Artifact:
         """Fit an artifact."""
-        return await task.stage.fit(task.columns, task.targets, self._handles)
+        return await task.stage.fit(task.columns, task.targets, self._of(pools))
+
+    def _of(self, pools: Pools) -> dict[str, PoolHandle]:
+        # Pools come with each call, not with the constructor: a restarted worker must find them.
+        if not self._handles:
+            self._handles = {role: PoolHandle(found, self._turn) for role, found in pools.items()}
+        return self._handles
 
 
 class RayBackend:
@@ -120,7 +135,7 @@ class RayBackend:
         self._pools: dict[tuple[str, str], list[Any]] = {}
         self._groups: dict[tuple[str, str], list[PlacementGroup]] = {}
         self._worker: Any = None
-        self._roles: dict[str, EngineSpec] = {}
+        self._roles: Pools = {}
         self._connect()
 
     async def open(
@@ -139,24 +154,24 @@ class RayBackend:
                 await self._open_pool(key, spec, placements.get(spec.model, Placement()))
         if self._worker is not None:
             ray.kill(self._worker)
-        pools = {role: self._pools[spec.kind, spec.model] for role, spec in engines.items()}
+        self._roles = {role: self._pools[spec.kind, spec.model] for role, spec in engines.items()}
         in_turn = all(
             placements.get(spec.model, Placement()).gpus == 0
             and placements.get(spec.model, Placement()).cpus is None
             for spec in engines.values()
         )
-        self._roles = dict(engines)
-        self._worker = ShardWorker.options(max_concurrency=max(2, self._in_flight)).remote(
-            pools, in_turn
-        )
+        worker_class = cast("ActorClass[ShardWorker]", ShardWorker)
+        self._worker = worker_class.options(max_concurrency=max(2, self._in_flight)).remote(in_turn)
 
     async def shard(self, task: ShardTask) -> ShardReport:
         """Compute and commit one shard."""
-        return await self._answer(self._worker.shard.remote(task), task.stage.name)
+        reference = self._worker.shard.remote(task, self._roles)
+        return cast(ShardReport, await self._answer(reference, task.stage.name))
 
     async def fit(self, task: FitTask) -> Artifact:
         """Fit an artifact."""
-        return await self._answer(self._worker.fit.remote(task), task.stage.name)
+        reference = self._worker.fit.remote(task, self._roles)
+        return cast(Artifact, await self._answer(reference, task.stage.name))
 
     async def close(self) -> None:
         """Close the pools; shut down the cluster where this backend started it."""
@@ -171,13 +186,17 @@ class RayBackend:
         if ray.is_initialized():
             return
         address = os.environ.get("RAY_ADDRESS")
-        quiet = {"log_to_driver": False, "logging_level": "ERROR"}
         try:
             if address:
-                ray.init(address=address, **quiet)
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
                 return
             _have_token()
-            ray.init(include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+            ray.init(
+                include_dashboard=False,
+                _node_ip_address="127.0.0.1",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
             self._started = True
         except (ConnectionError, RuntimeError, ValueError) as error:
             where = f"at RAY_ADDRESS={address}" if address else "on this machine"
@@ -201,8 +220,10 @@ class RayBackend:
     async def _open_pool(
         self, key: tuple[str, str], spec: EngineSpec, placement: Placement
     ) -> None:
-        actors, groups = [], []
+        actors: list[Any] = []
+        groups: list[PlacementGroup] = []
         self._pools[key], self._groups[key] = actors, groups
+        actor_class = cast("ActorClass[EngineActor]", EngineActor)
         for _ in range(placement.replicas):
             options: dict[str, Any] = {"num_cpus": placement.cpus or 0, "num_gpus": placement.gpus}
             if placement.tensor_parallel > 1:
@@ -213,14 +234,16 @@ class RayBackend:
                     "num_gpus": placement.gpus,
                     "scheduling_strategy": PlacementGroupSchedulingStrategy(group),
                 }
-            actors.append(EngineActor.options(**options).remote(spec))
+            actors.append(actor_class.options(**options).remote(spec))
         ready = [actor.__ray_ready__.remote() for actor in actors]
         done, waiting = await asyncio.to_thread(
             ray.wait, ready, num_returns=len(ready), timeout=self._timeout
         )
         if waiting:
-            have = ", ".join(f"{k}: {v:g}" for k, v in sorted(ray.cluster_resources().items())
-                             if k in ("CPU", "GPU"))  # fmt: skip
+            resources = cast(Callable[[], dict[str, float]], ray.cluster_resources)()
+            have = ", ".join(
+                f"{k}: {v:g}" for k, v in sorted(resources.items()) if k in ("CPU", "GPU")
+            )
             self._close_pool(key)
             raise EngineError(
                 f"engine {spec.model}: the cluster placed {len(done)} of {placement.replicas} "
@@ -242,18 +265,16 @@ class RayBackend:
 
     def _close_pool(self, key: tuple[str, str]) -> None:
         for actor in self._pools.pop(key):
-            try:
+            # It is ended by force in any case.
+            with contextlib.suppress(RayActorError, RayTaskError, GetTimeoutError):
                 ray.get(actor.close.remote(), timeout=30)
-            except (RayActorError, RayTaskError, GetTimeoutError):
-                # It is ended by force in any case.
-                pass
             ray.kill(actor)
         for group in self._groups.pop(key):
             remove_placement_group(group)
 
 
 def _have_token() -> None:
-    """Ray protects local clusters by a token; where none can be found or kept, make one for this run."""
+    """Ray protects local clusters by a token; where there is none, make one for this run."""
     named = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
     kept = Path.home() / ".ray" / "auth_token"
     if os.environ.get("RAY_AUTH_MODE") == "disabled" or named or kept.exists():

@@ -1,7 +1,7 @@
 """The run directory: manifests, columns of shards, and the lock.
 
-`identity.json` is written when a stage starts, `manifest.json` when it is complete; a stage without a
-manifest is unfinished, and its committed shards count.
+`identity.json` is written when a stage starts, `manifest.json` when it is complete; a stage without
+a manifest is unfinished, and its committed shards count.
 """
 
 from __future__ import annotations
@@ -82,9 +82,7 @@ def finish_stage(
 def parts(run: Store, folder: str) -> list[str]:
     """Names of the committed shards in a folder, in order."""
     return [
-        name
-        for name in run.names(folder)
-        if name.startswith("part-") and name.endswith(".parquet")
+        name for name in run.names(folder) if name.startswith("part-") and name.endswith(".parquet")
     ]
 
 

@@ -38,7 +38,7 @@ from stages.storage import Store, parquet_bytes
 
 @dataclass(frozen=True)
 class Event:
-    """Something worth showing: a stage that started, a shard that was committed, a stage that ended."""
+    """Something worth showing: a stage started, a shard was committed, a stage ended."""
 
     stage: str
     kind: str
@@ -97,7 +97,7 @@ class Run:
             asyncio.run(self._execute(names if only is None else [only]))
 
     def changes(self) -> dict[str, list[str]]:
-        """Differences from what the directory was made with, by stage, where they aren't allowed."""
+        """By stage, differences from what the directory was made with that aren't allowed."""
         names = self.flow.names
         free = names.index(self.restart_from) if self.restart_from else len(names)
         found: dict[str, list[str]] = {}
@@ -121,7 +121,7 @@ class Run:
                 await self.backend.close()
 
     def _restart(self) -> None:
-        """Make the stages from `restart_from` on unfinished; their shards stay, to be reused by id."""
+        """Make the stages from `restart_from` on unfinished; their shards stay for reuse by id."""
         if not self.restart_from:
             return
         names = self.flow.names
@@ -198,7 +198,9 @@ class Run:
             return before
         upstream = self.identities[name]["upstream"]
         artifacts = self.identities[name]["artifacts"]
-        return [stage for stage in before if stage == "ingest" or stage in {**upstream, **artifacts}]
+        return [
+            stage for stage in before if stage == "ingest" or stage in {**upstream, **artifacts}
+        ]
 
     def _ingest(self, inputs: Mapping[str, Any]) -> int:
         self.listener(Event("ingest", "start"))
@@ -264,12 +266,12 @@ class Run:
         pending = [
             task
             for task in tasks
-            if not is_committed(task, digests[f"targets/{task.part}" if task.targets else task.part])
+            if not is_committed(
+                task, digests[f"targets/{task.part}" if task.targets else task.part]
+            )
         ]
         pending = self._with_reuse(stage, pending, mark)
-        self.listener(
-            Event(name, "start", done=len(tasks) - len(pending), total=len(tasks))
-        )
+        self.listener(Event(name, "start", done=len(tasks) - len(pending), total=len(tasks)))
         reports = await self._shards(stage, pending, len(tasks)) if pending else []
         folder = self.store.child(folder_of(name))
         self._drop_stale(name, {task.part for task in tasks if not task.targets})
@@ -321,9 +323,7 @@ class Run:
             seed=self.config.seed,
             targets=targets,
             limit_key=None if targets else limit_key,
-            artifacts={
-                name: self.store.child(folder_of(name)).url for name in stage.artifacts()
-            },
+            artifacts={name: self.store.child(folder_of(name)).url for name in stage.artifacts()},
             cache=self.config.execution.cache,
             generation={
                 role: generation_identity(spec, self.config)
@@ -421,9 +421,7 @@ class Run:
         asked = sum(n for status, n in statuses.items() if status != NOT_REQUESTED)
         allowed = self.config.max_failed_share
         if asked == 0:
-            raise StageError(
-                f"{name}: no row was asked for; loosen its where or limit", stage=name
-            )
+            raise StageError(f"{name}: no row was asked for; loosen its where or limit", stage=name)
         if sum(failed.values()) > allowed * asked:
             counted = ", ".join(f"{n} × {status}" for status, n in sorted(failed.items()))
             raise StageError(
@@ -515,4 +513,3 @@ def make_backend(config: Config) -> Backend:
 
 def _joined(digests: Any) -> str:
     return fingerprint({"parts": list(digests)})
-

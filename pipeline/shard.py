@@ -120,9 +120,7 @@ async def compute_shard(task: ShardTask, handles: Mapping[str, Any]) -> ShardRep
     run.write_table(f"{task.folder}/{task.part}", table, task.footer(ids_digest(rows["id"])))
     statuses = Counter(_code(status) for status in table[f"{stage.name}_status"].to_pylist())
     seconds = time.monotonic() - started
-    return ShardReport(
-        task.part, len(ids), len(to_compute), len(reused), dict(statuses), seconds
-    )
+    return ShardReport(task.part, len(ids), len(to_compute), len(reused), dict(statuses), seconds)
 
 
 def _requested(task: ShardTask, rows: pa.Table, where: str | None) -> list[bool]:
@@ -144,9 +142,7 @@ def _known(task: ShardTask, ids: list[str], requested: list[bool]) -> dict[str, 
         folder, _, name = url.rpartition("/")
         table = Store(folder).read_table(name)
         asked = pc.is_in(table["id"], value_set=wanted)
-        computed = pc.not_equal(
-            table[f"{task.stage.name}_status"].cast(pa.string()), NOT_REQUESTED
-        )
+        computed = pc.not_equal(table[f"{task.stage.name}_status"].cast(pa.string()), NOT_REQUESTED)
         hits = table.filter(pc.and_(asked, computed))
         for place, row in enumerate(hits["id"].to_pylist()):
             known.setdefault(row, hits.select(adds.names).slice(place, 1))

@@ -87,5 +87,7 @@ def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("stage", no_wrap=True)
     for column in columns:
-        table.add_column(column, justify="right" if column in ("rows", "shards", "time") else "left")
+        table.add_column(
+            column, justify="right" if column in ("rows", "shards", "time") else "left"
+        )
     return table

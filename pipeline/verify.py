@@ -49,5 +49,7 @@ def _lost_rows(sources: dict[str, dict[str, object]]) -> list[str]:
         rejected = counts["rejected"]
         total = sum(rejected.values()) if isinstance(rejected, dict) else 0
         if counts["in"] != int(str(counts["kept"])) + total:
-            lost.append(f"source {name}: {counts['in']} in, {counts['kept']} kept, {total} rejected")
+            lost.append(
+                f"source {name}: {counts['in']} in, {counts['kept']} kept, {total} rejected"
+            )
     return lost

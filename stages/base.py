@@ -83,10 +83,25 @@ class ShardedColumns(Protocol):
 class RowStage(Protocol):
     """A stage that adds columns to rows."""
 
-    name: str
-    version: int
-    settings: RowSettings
-    on_targets: bool
+    @property
+    def name(self) -> str:
+        """What it is called in a recipe."""
+        ...
+
+    @property
+    def version(self) -> int:
+        """Goes up when the same inputs come to give other bytes."""
+        ...
+
+    @property
+    def settings(self) -> RowSettings:
+        """Its section of the recipe."""
+        ...
+
+    @property
+    def on_targets(self) -> bool:
+        """Whether it runs on the rows of targets too."""
+        ...
 
     def columns(self) -> Columns:
         """What it reads and adds."""
@@ -118,9 +133,20 @@ class Artifact:
 class FitStage(Protocol):
     """A stage that makes an artifact from rows."""
 
-    name: str
-    version: int
-    settings: Settings
+    @property
+    def name(self) -> str:
+        """What it is called in a recipe."""
+        ...
+
+    @property
+    def version(self) -> int:
+        """Goes up when the same inputs come to give other bytes."""
+        ...
+
+    @property
+    def settings(self) -> Settings:
+        """Its section of the recipe."""
+        ...
 
     def columns(self) -> Columns:
         """What it reads (it adds none)."""
@@ -149,9 +175,20 @@ class Outcome:
 class SetStage(Protocol):
     """A stage that decides over all rows at once."""
 
-    name: str
-    version: int
-    settings: Settings
+    @property
+    def name(self) -> str:
+        """What it is called in a recipe."""
+        ...
+
+    @property
+    def version(self) -> int:
+        """Goes up when the same inputs come to give other bytes."""
+        ...
+
+    @property
+    def settings(self) -> Settings:
+        """Its section of the recipe."""
+        ...
 
     def columns(self) -> Columns:
         """What it reads (it adds none)."""

@@ -94,7 +94,7 @@ def canonical_json(value: object) -> str:
 
 
 def row_id(messages: Sequence[Message], tools: str | None) -> str:
-    """BLAKE2b-128 of the canonical JSON of the messages and tools, nulls left out; 32 hex digits."""
+    """BLAKE2b-128 of the canonical JSON of messages and tools, nulls left out; 32 hex digits."""
     return _digest(messages, tools)
 
 

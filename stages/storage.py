@@ -164,15 +164,27 @@ def parquet_bytes(table: pa.Table, metadata: Mapping[str, str] | None = None) ->
         metadata: written to the footer, in sorted order.
     """
     pairs = dict(sorted((metadata or {}).items()))
+    # Arrow calls a list's child "item", Parquet "element"; a table that was read and one that was
+    # made would otherwise differ in their footers.
+    schema = pa.schema([field.with_type(_as_read(field.type)) for field in table.schema])
     sink = io.BytesIO()
     pq.write_table(
-        table.combine_chunks().replace_schema_metadata(pairs),
+        table.combine_chunks().cast(schema).replace_schema_metadata(pairs),
         sink,
         compression="zstd",
         write_page_index=True,
         row_group_size=10_000,
     )
     return sink.getvalue()
+
+
+def _as_read(kind: pa.DataType) -> pa.DataType:
+    """The type that a column of this type has after a round through Parquet."""
+    if pa.types.is_list(kind):
+        return pa.list_(pa.field("element", _as_read(kind.value_type)))
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_as_read(field.type)) for field in kind])
+    return kind
 
 
 def iter_lines(url: str) -> Iterator[bytes]:
@@ -210,7 +222,7 @@ def expand(url: str, suffixes: tuple[str, ...]) -> list[str]:
 
 
 def content_identity(url: str) -> str:
-    """What identifies a file's content: a SHA-256 for local and memory files, else ETag or size+time."""
+    """What identifies a file's content: SHA-256 if local or in memory, else ETag or size+time."""
     fs, path = _filesystem(url)
     if _is_local(fs) or "memory" in fs.protocol:
         folder, _, name = path.rpartition("/")

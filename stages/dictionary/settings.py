@@ -16,7 +16,8 @@ class DictionarySettings(Settings):
 
     student: str = Field(default="student", description="Name of the model that is read.")
     layer: int = Field(
-        ge=0, description="Block whose output is read, from 0 (Hugging Face: hidden_states[layer+1])."
+        ge=0,
+        description="Block whose output is read, from 0 (Hugging Face: hidden_states[layer+1]).",
     )
     expansion: int = Field(default=4, ge=1, description="Latents per activation dimension.")
     k: int = Field(default=32, ge=1, description="Active latents per token.")

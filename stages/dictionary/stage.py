@@ -1,4 +1,4 @@
-"""The dictionary stage: train a sparse autoencoder on the run's rows, and find each task's prototype."""
+"""The dictionary stage: train a sparse autoencoder on the rows, find each task's prototype."""
 
 from __future__ import annotations
 
@@ -109,7 +109,9 @@ class DictionaryStage:
             keys = np.concatenate([keys, draws.random(len(found))])
             if len(kept) > self.settings.tokens:
                 # The lowest keys are a uniform sample, whatever the shards.
-                lowest = np.sort(np.argpartition(keys, self.settings.tokens)[: self.settings.tokens])
+                lowest = np.sort(
+                    np.argpartition(keys, self.settings.tokens)[: self.settings.tokens]
+                )
                 kept, keys = kept[lowest], keys[lowest]
         if kept is None or not len(kept):
             raise StageError("no row has a content token to train on", stage=self.name)

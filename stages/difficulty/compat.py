@@ -4,8 +4,8 @@ It differs from `strict` in what it scores: texts are joined and encoded whole, 
 its first token where the tokenizer adds no BOS, and the conditional pass counts from the length of
 the encoded prefix. Use it to compare with published scores, `strict` for everything else.
 
-The templates are the public training formats of Alpaca and Vicuna, and the wrapper around a response
-is the scorer's; they are kept to the letter because the losses depend on each character.
+The templates are the public training formats of Alpaca and Vicuna, and the wrapper around a
+response is the scorer's; they are kept to the letter because the losses depend on each character.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int) -> list
 def _span(
     tokenizer: PreTrainedTokenizerBase, text: str, target: str, max_length: int
 ) -> ScoreRequest:
-    """The target's tokens counted from the length of the encoded text before its last occurrence."""
+    """The target's tokens, counted from the length of the encoded text before its last place."""
     start = len(_ids(tokenizer, text[: text.rfind(target)], len(text) + 1))
     ids = _ids(tokenizer, text, max_length)
     return ScoreRequest(ids[:start], ids[start:])

@@ -56,7 +56,7 @@ class ResponseLoss:
 
 @dataclass(frozen=True)
 class InstructionLoss:
-    """Mean losses of an instruction, nats per token, after and without the response wrapped as y'."""
+    """Mean losses of an instruction, nats a token, after and without the response wrapped as y'."""
 
     given_response: float
     alone: float
@@ -143,9 +143,7 @@ async def instruction_losses(
             continue
         requests.append((ScoreRequest(context, target), ScoreRequest(start, target), False))
     return [
-        result
-        if isinstance(result, RowError)
-        else InstructionLoss(result[0], result[1], result[2])
+        result if isinstance(result, RowError) else InstructionLoss(result[0], result[1], result[2])
         for result in await _pair_losses(scorer, requests)
     ]
 

@@ -32,8 +32,32 @@ def certificate_sentences(mixture: Mapping[str, Any]) -> list[str]:
             f"Over all selected rows this mixture is estimated to cost {upper:.4g}{range_}."
         )
     if gap is not None:
-        share = f", {gap / upper:.1%} of the estimate" if upper else ""
+        verdict = "certified" if mixture.get("certified") else "NOT within the tolerance asked for"
         said.append(
-            f"So its cost is estimated to be within {gap:.4g} of the least possible{share}."
+            f"So its cost is estimated to be within {gap:.2%} of the least possible "
+            f"({verdict}: the tolerance is {mixture.get('tolerance', 0):.2%})."
+        )
+    emitted = mixture.get("value_emitted")
+    if emitted is not None:
+        said.append(
+            f"The rows that were emitted cost {emitted:.4g}, computed over "
+            f"{mixture['value_emitted_lines']:,} lines."
+        )
+    outside = _beyond_ranges(mixture)
+    if outside:
+        said.append(
+            "By energy distance, which does not favour sources for having little spread, the "
+            f"weights of {', '.join(outside)} would lie outside the near-optimal ranges: with few "
+            "targets in many dimensions, transport may be shrinking the mixture."
         )
     return said
+
+
+def _beyond_ranges(mixture: Mapping[str, Any]) -> list[str]:
+    """Sources whose weight by energy distance is outside transport's near-optimal range."""
+    energy, ranges = mixture.get("energy_weights") or {}, mixture.get("ranges") or {}
+    return [
+        f"{name} ({energy[name]:.2f})"
+        for name in sorted(energy)
+        if name in ranges and not ranges[name][0] - 0.02 <= energy[name] <= ranges[name][1] + 0.02
+    ]

@@ -140,7 +140,10 @@ def _compact(table: pa.Table) -> pa.Table:
         ):
             columns[name] = column
     if "answer_effective" in columns:
-        columns["answer"] = columns.pop("answer_effective")
+        # Rows that reflection wasn't asked for have no answer_effective, and keep their answer.
+        effective = columns.pop("answer_effective")
+        rewritten = pc.is_valid(table["messages_reflected"])
+        columns["answer"] = pc.if_else(rewritten, effective, columns["answer"])
     elif "answer" in columns and "original" in columns:
         columns["answer"] = _answers(columns)
     return pa.table(columns).combine_chunks()

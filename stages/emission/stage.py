@@ -21,6 +21,8 @@ from stages.emission.sample import FloatArray, IntArray, fill_quota, sampling_or
 from stages.emission.settings import EmissionSettings
 from stages.emission.shards import plan_schema, write_shards
 from stages.errors import ConfigError, StageError
+from stages.mixture.emitted import emitted_value
+from stages.mixture.settings import MixtureSettings
 from stages.storage import Store
 
 
@@ -107,6 +109,16 @@ class EmissionStage:
         weights = self._weights(decisions, mixture)
         quotas = plan_quotas(weights, available, settings.budget, unit)
         order = self._order(columns, decisions, quotas)
+        if mixture is not None and self.recipe.get("mixture"):
+            mixture = dict(mixture) | emitted_value(
+                columns,
+                targets,
+                order,
+                [decisions.names[code] for code in decisions.source.tolist()],
+                mixture,
+                MixtureSettings.model_validate(self.recipe["mixture"]),
+                self.seed,
+            )
         gathered = gather(columns, self.columns().needs, decisions, np.unique(order))
         schema = plan_schema(gathered, settings, provenance_columns(self.present))
         shards, files = write_shards(
@@ -139,7 +151,7 @@ class EmissionStage:
         files["report.html"] = report_html(facts, gathered, decisions, order, self.seed)
         files["lineage.json"] = lineage_json(facts, self.version)
         emitted = emitted_table(decisions, order, [(shard.name, shard.rows) for shard in shards])
-        return Outcome(tables={"emitted": emitted}, report=_report(facts), files=files)
+        return Outcome(tables={"emitted.parquet": emitted}, report=_report(facts), files=files)
 
     def _available(self, decisions: Decisions, *, repeats: bool) -> dict[str, int]:
         """What every source can give, in the budget's unit; anchors give nothing."""
@@ -214,6 +226,7 @@ def _report(facts: Facts) -> dict[str, Any]:
         "budget": facts.settings.budget,
         "shortfall": facts.total("shortfall"),
         "shards": len(facts.shards),
+        **{key: value for key, value in (facts.mixture or {}).items() if "emitted" in key},
         "sources": {
             source.name: {
                 "weight": source.weight,

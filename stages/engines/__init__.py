@@ -19,7 +19,7 @@ TokenIds = Sequence[int]
 
 @dataclass(frozen=True)
 class LogLikelihoods:
-    """Per request: sum of target log-probabilities, nats, float64 [n], and tokens scored, int64 [n]."""
+    """Per request: summed target log-probabilities, nats, float64 [n]; tokens scored, int64 [n]."""
 
     sums: NDArray[np.float64]
     counts: NDArray[np.int64]
@@ -60,7 +60,7 @@ class GenerationRequest(NamedTuple):
 
 @dataclass(frozen=True)
 class Completion:
-    """Generated ids (end marker left out), their text, why they ended, and their log-probabilities."""
+    """Generated ids (end marker left out), their text, why they ended, their log-probability."""
 
     token_ids: tuple[int, ...]
     text: str

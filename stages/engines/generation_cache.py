@@ -30,9 +30,7 @@ _SCHEMA = pa.schema(
 class CachedGenerator:
     """A TextGenerator that asks its engine only for what the cache doesn't hold, chunk by chunk."""
 
-    def __init__(
-        self, generator: TextGenerator, store: Store, identity: str, chunk: int
-    ) -> None:
+    def __init__(self, generator: TextGenerator, store: Store, identity: str, chunk: int) -> None:
         """Wrap a generator.
 
         Args:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,7 +60,8 @@ class TransformersGenerator:
         chooser = SeededChoice([request.seed for request in requests], sampling)
         device = self._model.device
         with torch.inference_mode():
-            out = self._model.generate(
+            generate = cast(Callable[..., torch.Tensor], self._model.generate)
+            out = generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
                 max_new_tokens=sampling.max_new_tokens,
@@ -86,7 +87,7 @@ class TransformersGenerator:
         kept = new if end is None else new[:end]
         return Completion(
             token_ids=tuple(kept),
-            text=self._tokenizer.decode(kept, skip_special_tokens=True),
+            text=cast(str, self._tokenizer.decode(kept, skip_special_tokens=True)),
             finish_reason="length" if end is None else "stop",
             log_prob=float(sum(log_probs[: len(kept) + (end is not None)])),
         )

@@ -13,8 +13,9 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from stages.errors import ConfigError, EngineError
 
@@ -87,7 +88,9 @@ def model_folder(reference: str) -> Path:
         path = _downloaded(reference)
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ConfigError(f"model {reference}: {path.name} is neither a folder nor a .gguf file")
+            raise ConfigError(
+                f"model {reference}: {path.name} is neither a folder nor a .gguf file"
+            )
         return _converted(path)
     if not any(path.rglob("*.safetensors")):
         raise ConfigError(
@@ -140,7 +143,20 @@ def load_causal_lm(settings: ModelSettings) -> PreTrainedModel:
     except (OSError, ValueError) as error:
         raise EngineError(f"model {settings.model}: cannot load it: {error}") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device).eval()
+    module: torch.nn.Module = model
+    return cast("PreTrainedModel", module.to(device).eval())
+
+
+def decoder_of(model: PreTrainedModel) -> Any:
+    """The blocks without the output head."""
+    find: Callable[[], Any] = model.get_decoder
+    return find()
+
+
+def output_head_of(model: PreTrainedModel) -> Any:
+    """What turns final states into logits."""
+    find: Callable[[], Any] = model.get_output_embeddings
+    return find()
 
 
 def set_threads(settings: ModelSettings) -> None:
@@ -174,7 +190,8 @@ def _converted(gguf: Path) -> Path:
     # transformers marks the de-quantised weights as quantised and refuses to save them.
     config = quantised.config
     del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    from_config = cast(Callable[..., "PreTrainedModel"], AutoModelForCausalLM.from_config)
+    model = from_config(config, dtype=torch.float32)
     model.load_state_dict(quantised.state_dict())
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         made = Path(scratch) / "model"

@@ -8,14 +8,14 @@ pooling and similarities are computed beside the activations; only small columns
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stages.engines import MaskedSequence
 from stages.engines.batching import token_budget_batches
-from stages.engines.model_files import load_causal_lm, set_threads
+from stages.engines.model_files import decoder_of, load_causal_lm, set_threads
 from stages.engines.settings import ModelSettings
 from stages.errors import EngineError
 from stages.storage import Store
@@ -89,7 +89,7 @@ class TransformersReader:
     def _kept_states(
         self, sequences: Sequence[MaskedSequence], layer: int
     ) -> Iterator[tuple[list[int], torch.Tensor, NDArray[np.int64]]]:
-        """Batches: row numbers, states of kept tokens [tokens, d], and each token's place in rows."""
+        """Batches: row numbers, states of kept tokens [tokens, d], each token's place in rows."""
         import torch
 
         self._cut(layer)
@@ -116,8 +116,8 @@ class TransformersReader:
 
     def _hidden(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Output of the last remaining block, before the final norm, [rows, tokens, d]."""
-        caught: list[Any] = []
-        decoder = self._model.get_decoder()
+        caught: list[torch.Tensor | tuple[torch.Tensor, ...]] = []
+        decoder = decoder_of(self._model)
         handle = decoder.layers[-1].register_forward_hook(
             lambda _module, _args, output: caught.append(output)
         )
@@ -132,7 +132,7 @@ class TransformersReader:
     def _cut(self, layer: int) -> None:
         if self._layer == layer:
             return
-        layers = getattr(self._model.get_decoder(), "layers", None)
+        layers = getattr(decoder_of(self._model), "layers", None)
         if layers is None:
             raise EngineError(
                 f"model {self._settings.model}: its decoder has no list of blocks named 'layers', "
@@ -143,7 +143,7 @@ class TransformersReader:
                 f"model {self._settings.model}: layer {layer} was asked for, "
                 f"and it has {len(layers)} blocks (counted from 0)"
             )
-        self._model.get_decoder().layers = layers[: layer + 1]
+        decoder_of(self._model).layers = layers[: layer + 1]
         self._layer = layer
 
     def _dictionary(self, url: str) -> tuple[SparseAutoencoder, torch.Tensor]:

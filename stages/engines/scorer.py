@@ -9,15 +9,15 @@ import numpy as np
 
 from stages.engines import LogLikelihoods, ScoreRequest
 from stages.engines.batching import token_budget_batches
-from stages.engines.model_files import load_causal_lm, set_threads
+from stages.engines.model_files import decoder_of, load_causal_lm, output_head_of, set_threads
 from stages.engines.settings import ModelSettings
 from stages.errors import EngineError
 
 if TYPE_CHECKING:
     import torch
 
-_LOGIT_ROWS = 2048
-"""Positions whose logits are held at once: 2,048 x 49,152 x 4 bytes is 400 MB."""
+_LOGIT_ROWS = 512
+"""Positions whose logits are held at once: 512 x 49,152 x 4 bytes is 100 MB."""
 
 
 class TransformersScorer:
@@ -64,7 +64,9 @@ class TransformersScorer:
         width = max(len(prompt) + len(target) for prompt, target in requests)
         ids = torch.zeros(len(requests), width, dtype=torch.long)
         mask = torch.zeros(len(requests), width, dtype=torch.long)
-        rows, positions, targets = [], [], []
+        rows: list[int] = []
+        positions: list[int] = []
+        targets: list[int] = []
         for row, (prompt, target) in enumerate(requests):
             sequence = [*prompt, *target]
             ids[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.long)
@@ -74,7 +76,7 @@ class TransformersScorer:
             positions += range(first - 1, len(sequence) - 1)
             targets += sequence[first:]
         device = self._model.device
-        hidden = self._model.get_decoder()(
+        hidden = decoder_of(self._model)(
             input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
         ).last_hidden_state
         log_probs = self._target_log_probs(hidden[rows, positions], torch.tensor(targets))
@@ -86,13 +88,14 @@ class TransformersScorer:
     def _target_log_probs(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Log-probability of each target after its hidden state; hidden [n, d] -> float64 [n]."""
         import torch
+        from torch.nn.functional import cross_entropy
 
-        head = self._model.get_output_embeddings()
+        head = output_head_of(self._model)
         pieces = []
-        for states, ids in zip(
-            hidden.split(_LOGIT_ROWS), targets.split(_LOGIT_ROWS), strict=True
-        ):
-            logits = head(states).float()
-            chosen = logits.gather(1, ids.to(logits.device)[:, None])[:, 0]
-            pieces.append((chosen - logits.logsumexp(dim=1)).double().cpu())
+        pairs = zip(
+            torch.split(hidden, _LOGIT_ROWS), torch.split(targets, _LOGIT_ROWS), strict=True
+        )
+        for states, ids in pairs:
+            losses = cross_entropy(head(states).float(), ids.to(states.device), reduction="none")
+            pieces.append(-losses.double().cpu())
         return torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.float64)

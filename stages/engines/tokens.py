@@ -1,8 +1,8 @@
 """A conversation as token ids, with what each token is.
 
 Contents are encoded apart from the template and with special tokens disabled, so that a text which
-holds `<|im_end|>` cannot forge a turn, and ids are concatenated, so that a response has the same ids
-after any prompt.
+holds `<|im_end|>` cannot forge a turn, and ids are concatenated, so that a response has the same
+ids after any prompt.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def chat_tokens(
 
 
 def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What a text without a prompt is scored after: BOS, else EOS, so that its first token counts."""
+    """What a text without a prompt is scored after: BOS, else EOS, so its first token counts."""
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return [int(token)]

@@ -1,4 +1,4 @@
-"""The transport problem of a run: which vectors, how much of each source there is, what is allowed."""
+"""The transport problem of a run: its vectors, how much each source holds, what is allowed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def vectors_of(table: pa.Table) -> FloatArray:
         StageError: vectors differ in length, or hold NaN.
     """
     column = table["embedding"].combine_chunks()
-    values = column.flatten().to_numpy(zero_copy_only=False).astype(np.float64)
+    values: FloatArray = column.flatten().to_numpy(zero_copy_only=False).astype(np.float64)
     if table.num_rows == 0:
         return values.reshape(0, 0)
     if len(values) % table.num_rows or not np.isfinite(values).all():
@@ -39,9 +39,7 @@ def vectors_of(table: pa.Table) -> FloatArray:
     return values.reshape(table.num_rows, -1)
 
 
-def target_cloud(
-    targets: ShardedColumns, rows: int, seed: int, task_weights: str
-) -> TargetCloud:
+def target_cloud(targets: ShardedColumns, rows: int, seed: int, task_weights: str) -> TargetCloud:
     """The targets as one weighted cloud; equal vectors are one point with their joint mass.
 
     Args:

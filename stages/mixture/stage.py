@@ -1,8 +1,8 @@
 """The mixture stage: weights of sources that bring what is emitted near the targets, certified.
 
 A sample of every source is solved to optimality; the duals of all its solves then bound the optimum
-over every row from below (`certificate`), and fresh rows estimate the value from above. While the two
-are too far apart the sample grows.
+over every row from below (`certificate`), and fresh rows estimate the value from above. While the
+two are too far apart the sample grows.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from stages.mixture.certificate import (
     near_optimal_ranges,
 )
 from stages.mixture.cost import Metric, cost_matrix
+from stages.mixture.energy import energy_mixture
 from stages.mixture.problem import TargetCloud, target_cloud, vectors_of, weight_bounds
 from stages.mixture.settings import MixtureSettings
 from stages.mixture.transport import TransportNotSolved, transport
@@ -113,6 +114,7 @@ class MixtureStage:
         report["anchors"] = {name: anchored[name] for name in sorted(anchored)}
         report["available"] = available
         report["unit"] = self._supply.unit
+        report["budget"] = self._supply.budget
         table = pa.table(
             {
                 "source": list(report["weights"]),
@@ -157,6 +159,7 @@ class MixtureStage:
             if gap <= settings.tolerance or size >= min(settings.max_rows_per_source, largest):
                 break
             size = min(size * 2, settings.max_rows_per_source)
+        energy = energy_mixture(x, source, cloud.vectors, cloud.mass, lower, upper, settings.metric)
         cuts = full_cuts(sums, bundle.potentials, cloud.mass)
         ranges = near_optimal_ranges(cuts, lower, upper, settings.range_slack)
         return {
@@ -172,6 +175,7 @@ class MixtureStage:
             "certified": bool(gap <= settings.tolerance),
             "ranges": dict(zip(sources, ranges.tolist(), strict=True)),
             "caps": dict(zip(sources, upper.tolist(), strict=True)),
+            "energy_weights": dict(zip(sources, energy.weights.tolist(), strict=True)),
             "rows_per_source": size,
             "rows": dict(zip(sources, sums.count.tolist(), strict=True)),
             "solves": bundle.solves,
@@ -213,7 +217,8 @@ def mixture_value(
 ) -> float:
     r"""The transport value of a mixture on given rows.
 
-    .. math:: F(p) = \mathrm{OT}\Bigl(\sum_k p_k \tfrac{1}{n_k} \sum_{i \in S_k} \delta_{x_i}, \nu\Bigr)
+    .. math::
+        F(p) = \mathrm{OT}\Bigl(\sum_k p_k \tfrac{1}{n_k} \sum_{i \in S_k} \delta_{x_i}, \nu\Bigr)
 
     Args:
         vectors: float64 [n, d].

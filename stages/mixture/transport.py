@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import ot
 
 from stages.mixture.simplex import FloatArray, distribution, source_counts
 
@@ -113,6 +112,9 @@ def transport(
         ValueError: an argument is malformed.
         TransportNotSolved: the solver did not reach a proven optimum.
     """
+    # POT loads every array library that it finds, torch included: only when it is used.
+    import ot
+
     cost = np.ascontiguousarray(cost, dtype=np.float64)
     a, b = distribution(a, "a"), distribution(b, "b")
     if cost.shape != (a.size, b.size):

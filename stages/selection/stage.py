@@ -136,7 +136,9 @@ class SelectionStage:
                 if math.isnan(score) and reasons[place] is None:
                     reasons[place] = f"missing_score: {self.settings.score}"
         if self.settings.duplicates:
-            rows = zip(table["id"].to_pylist(), table["effective_messages"].to_pylist(), strict=True)
+            rows = zip(
+                table["id"].to_pylist(), table["effective_messages"].to_pylist(), strict=True
+            )
             for place, (row, messages) in enumerate(rows):
                 if reasons[place] is None:
                     first = seen.setdefault(_text_key(messages), row)

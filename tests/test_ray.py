@@ -1,0 +1,113 @@
+"""The Ray backend: an actor that dies, a pool that can't be placed, a cluster that isn't ours."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def backend() -> Iterator[Any]:
+    from pipeline.ray_backend import RayBackend
+
+    backend = RayBackend(place_timeout_s=20, shards_in_flight=2)
+    yield backend
+    asyncio.run(backend.close())
+
+
+def task(recipe: Any, part: str) -> Any:
+    """A shard of the difficulty stage of an ingested run."""
+    from pipeline.config import read_config
+    from pipeline.runner import Run
+
+    job = Run(read_config(recipe.save()), lambda _: None)
+    stage = job.flow.rows["difficulty"]
+    homes = job.flow.home_of("difficulty")
+    return stage, job._task(stage, part, homes, "mark", targets=False, limit_key=None)
+
+
+def test_killed_engine_actor_is_replaced_and_only_its_shard_is_redone(
+    backend: Any, recipe: Any, execute: Any
+) -> None:
+    import ray
+
+    execute("ingest")
+    stage, first = task(recipe, "part-00000.parquet")
+    _, second = task(recipe, "part-00001.parquet")
+
+    async def through_a_death() -> list[Any]:
+        await backend.open(stage.engines(), {})
+        reports = [await backend.shard(first)]
+        actor = backend._pools[("scorer", "student")][0]
+        victim = await actor.load.remote()
+        psutil.Process(victim).kill()
+        reports.append(await backend.shard(second))
+        assert await actor.load.remote() != victim
+        return reports
+
+    done = (recipe.run_folder / "difficulty").glob("part-*.parquet")
+    reports = asyncio.run(through_a_death())
+    assert [report.computed for report in reports] == [8, 8]
+    assert sorted(file.name for file in done) == ["part-00000.parquet", "part-00001.parquet"]
+    assert ray.is_initialized()
+
+
+def test_pool_that_cannot_be_placed_says_what_is_missing(recipe: Any, execute: Any) -> None:
+    from pipeline.config import Placement
+    from pipeline.ray_backend import RayBackend
+    from stages.errors import EngineError
+
+    execute("ingest")
+    stage, _ = task(recipe, "part-00000.parquet")
+    impatient = RayBackend(place_timeout_s=1, shards_in_flight=1)
+    with pytest.raises(EngineError, match=r"engine student: .* placed 0 of 1 .*cpus: 4096.*CPU: "):
+        asyncio.run(impatient.open(stage.engines(), {"student": Placement(cpus=4096)}))
+
+
+def test_model_that_is_not_there_comes_back_as_our_error(
+    backend: Any, recipe: Any, execute: Any, tmp_path: Path
+) -> None:
+    from stages.base import EngineSpec
+    from stages.engines.settings import ModelSettings
+    from stages.errors import ConfigError
+
+    missing = EngineSpec("scorer", "gone", ModelSettings(model=str(tmp_path / "gone")))
+    with pytest.raises(ConfigError, match="no such file or folder"):
+        asyncio.run(backend.open({"student": missing}, {}))
+
+
+def test_joined_cluster_is_left_running(recipe: Any) -> None:
+    """A cluster that was there before the run is there after it."""
+    code = f"""
+import asyncio, os, ray
+from pipeline.ray_backend import RayBackend
+own = ray.init(num_cpus=1, include_dashboard=False, _node_ip_address="127.0.0.1",
+               log_to_driver=False, logging_level="ERROR")
+import subprocess, sys
+os.environ["RAY_ADDRESS"] = own["gcs_address"]
+guest = "import asyncio, ray; from pipeline.ray_backend import RayBackend; " \\
+        "b = RayBackend(5, 1); asyncio.run(b.close()); print('guest', ray.is_initialized())"
+done = subprocess.run([sys.executable, "-c", guest], capture_output=True, text=True, cwd={str(ROOT)!r})
+print(done.stdout, done.stderr[-2000:])
+print("alive", ray.get(ray.remote(lambda: 41 + 1).options(num_cpus=0).remote()))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ},
+    )
+    assert "guest True" in done.stdout, done.stdout + done.stderr
+    assert "alive 42" in done.stdout

@@ -1,0 +1,145 @@
+"""Selection: every row gets a decision and a reason; checked against plain sorting."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from stages.errors import ConfigError, StageError
+from stages.rows import row_id
+from stages.selection.settings import SelectionSettings
+from stages.selection.stage import SelectionStage
+
+PRESENT = frozenset({"id", "source", "messages", "score", "other", "tokens"})
+
+
+class Tables:
+    """Columns of shards held in memory."""
+
+    def __init__(self, rows: list[dict[str, Any]], shard: int) -> None:
+        self.shards = [rows[i : i + shard] for i in range(0, len(rows), shard)]
+        self.n_rows = len(rows)
+
+    def iter(self, names: Sequence[str]) -> Iterator[pa.Table]:
+        for shard in self.shards:
+            yield pa.table({name: [row[name] for row in shard] for name in names})
+
+
+def rows(n: int, seed: int = 0) -> list[dict[str, Any]]:
+    draws = np.random.default_rng(seed)
+    made = []
+    for i in range(n):
+        messages = [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"a{i}"}]
+        made.append(
+            {
+                "id": row_id(messages, None),
+                "source": "ab"[i % 2],
+                "effective_messages": messages,
+                # Few distinct values, so that ties happen.
+                "score": float(draws.integers(0, 8)) if i % 5 else None,
+                "other": float(draws.random()),
+                "tokens": int(draws.integers(1, 50)),
+            }
+        )
+    return made
+
+
+def decide(
+    data: list[dict[str, Any]], shard: int = 7, anchors: tuple[str, ...] = (), **settings: Any
+) -> Any:
+    stage = SelectionStage(SelectionSettings(**settings), frozenset(anchors), PRESENT)
+    none = Tables([], 1)
+    outcome = stage.decide(Tables(data, shard), none, {})
+    return outcome.tables["decisions.parquet"].to_pylist(), outcome.report
+
+
+def test_top_share_is_that_of_plain_sorting_with_ties_by_id() -> None:
+    data = rows(60)
+    decisions, report = decide(data, score="score", share=0.5, filters=[{"rule": "other > 0.2"}])
+    passing = [row for row in data if row["other"] > 0.2 and row["score"] is not None]
+    best = sorted(passing, key=lambda row: (-row["score"], row["id"]))[: round(len(passing) / 2)]
+    assert {row["id"] for row in decisions if row["keep"]} == {row["id"] for row in best}
+    assert len(decisions) == 60 == report["rows"] == sum(report["reasons"].values())
+    assert report["kept"] == len(best)
+
+
+def test_reasons_say_which_rule_or_lack_dropped_a_row() -> None:
+    data = rows(40)
+    decisions, _ = decide(
+        data, score="score", rows=10, filters=[{"rule": "other > 0.3", "reason": "dull"}]
+    )
+    for row, decision in zip(data, decisions, strict=True):
+        if row["other"] <= 0.3:
+            assert decision["reason"] == "filter: dull"
+        elif row["score"] is None:
+            assert decision["reason"] == "missing_score: score"
+        else:
+            assert decision["reason"] in ("kept", "below_cut")
+
+
+def test_decisions_do_not_depend_on_shards() -> None:
+    data = rows(50)
+    assert decide(data, 3, score="score", rows=20) == decide(data, 50, score="score", rows=20)
+
+
+def test_missing_scores_rank_last_where_asked() -> None:
+    data = rows(20)
+    decisions, _ = decide(data, score="score", rows=18, missing="keep_last")
+    kept = [row for row in decisions if row["keep"]]
+    assert len(kept) == 18
+    scored = sum(row["score"] is not None for row in data)
+    assert sum(row["reason"] == "kept: no score" for row in kept) == 18 - scored
+    assert sum(row["reason"] == "kept" for row in kept) == scored
+
+
+def test_per_source_cut_keeps_the_share_of_each() -> None:
+    data = rows(40)
+    decisions, report = decide(data, score="other", share=0.25, per_source=True)
+    assert {name: found["kept"] for name, found in report["by_source"].items()} == {"a": 5, "b": 5}
+    for source in "ab":
+        mine = sorted(row["other"] for row in data if row["source"] == source)[-5:]
+        kept = [d["score"] for d in decisions if d["keep"] and d["source"] == source]
+        assert sorted(kept) == pytest.approx(mine)
+
+
+def test_equal_effective_texts_are_dropped_but_the_first() -> None:
+    data = rows(9)
+    for row in data[3:6]:
+        row["effective_messages"] = data[2]["effective_messages"]
+    decisions, _ = decide(data, 2)
+    reasons = [row["reason"] for row in decisions]
+    assert reasons[3:6] == [f"duplicate_text: {data[2]['id']}"] * 3
+    assert reasons.count("kept") == 6
+
+
+def test_anchors_are_never_kept_and_their_texts_count_wherever_they_stand() -> None:
+    data = rows(8)
+    data[7]["source"] = "anchor"
+    data[0]["effective_messages"] = data[7]["effective_messages"]
+    decisions, _ = decide(data, 3, anchors=("anchor",))
+    assert decisions[7]["reason"] == "anchor"
+    assert not decisions[7]["keep"]
+    assert decisions[0]["reason"] == f"duplicate_text: {data[7]['id']}"
+
+
+def test_nothing_left_is_an_error_with_the_reasons_counted() -> None:
+    with pytest.raises(StageError, match=r"left no row of 6.*filter: other > 2.*6"):
+        decide(rows(6), filters=[{"rule": "other > 2"}])
+
+
+def test_unknown_column_is_named() -> None:
+    with pytest.raises(ConfigError, match="'beauty'"):
+        decide(rows(3), score="beauty", rows=1)
+
+
+def test_tokens_are_measured_where_a_stage_counted_them() -> None:
+    data = rows(5)
+    decisions, report = decide(data)
+    assert [d["tokens"] for d in decisions] == [row["tokens"] for row in data]
+    assert report["tokens_are"] == "measured"
+    assert all(math.isfinite(d["tokens"]) for d in decisions)
