@@ -142,10 +142,35 @@ class Config(Recipe):
 
     execution: Execution
 
+    @model_validator(mode="after")
+    def _placed_engines_exist(self) -> Self:
+        unknown = sorted(set(self.execution.engines) - set(self.models))
+        if unknown:
+            raise ValueError(
+                f"execution.engines places {unknown[0]!r}, which `models` doesn't declare "
+                f"(declared: {', '.join(sorted(self.models)) or 'none'})"
+            )
+        return self
+
     @property
     def recipe(self) -> dict[str, Any]:
         """The recipe alone, resolved, as plain values in canonical order."""
         return self.model_dump(mode="json", exclude={"execution"})
+
+    @property
+    def portable_recipe(self) -> dict[str, Any]:
+        """The recipe with files called by their own names: the same wherever a project lies."""
+        recipe = self.recipe
+        for item in [*recipe["sources"], *recipe["targets"]]:
+            paths = [item["path"]] if isinstance(item["path"], str) else item["path"]
+            names = [
+                path if "://" in path else os.path.basename(path.rstrip("/")) for path in paths
+            ]
+            item["path"] = names[0] if isinstance(item["path"], str) else names
+        for model in recipe["models"].values():
+            if os.path.isabs(model["model"]) or model["model"].startswith("."):
+                model["model"] = os.path.basename(model["model"].rstrip("/"))
+        return recipe
 
 
 def read_config(path: str, overrides: Sequence[str] = ()) -> Config:

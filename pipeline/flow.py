@@ -119,9 +119,9 @@ def _set_stages(config: Config, present: tuple[str, ...]) -> dict[str, SetStage]
         supply = Supply(
             budget=float(budget) if budget else None,
             unit="tokens" if emission.budget_tokens else "rows",
-            repeats={source.name: source.repeats for source in config.sources},
+            repeats={source.name: float(source.repeats) for source in config.sources},
             anchors=anchors,
         )
         sets["mixture"] = MixtureStage(config.mixture, supply, config.seed)
-    sets["emission"] = EmissionStage(emission, config.seed, config.recipe, present)
+    sets["emission"] = EmissionStage(emission, config.seed, config.portable_recipe, present)
     return sets

@@ -39,12 +39,13 @@ def fingerprint(identity: Mapping[str, Any]) -> str:
 
 def ingest_identity(config: Config) -> dict[str, Any]:
     """Identity of ingest: its settings and how sources and targets are read (not their content)."""
+    recipe = config.portable_recipe
     return {
         "stage": "ingest",
         "version": 1,
         "settings": config.ingest.model_dump(mode="json"),
-        "sources": {s.name: s.model_dump(mode="json") for s in config.sources},
-        "targets": {t.name: t.model_dump(mode="json") for t in config.targets},
+        "sources": {source["name"]: source for source in recipe["sources"]},
+        "targets": {target["name"]: target for target in recipe["targets"]},
         "source_order": [s.name for s in config.sources],
     }
 
@@ -99,7 +100,7 @@ def _model(spec: EngineSpec, config: Config) -> dict[str, Any]:
     names = _LIBRARIES[spec.kind] if spec.settings.engine == "transformers" else ("vllm",)
     return {
         "kind": spec.kind,
-        "settings": spec.settings.model_dump(mode="json"),
+        "settings": config.portable_recipe["models"][spec.model],
         "weights": model_identity(spec.settings.model),
         "numerics": {
             **{name: version(name) for name in names},

@@ -257,8 +257,12 @@ class Run:
         found = parts(self.store, "ingest")
         target_parts = parts(self.store, "ingest/targets") if stage.on_targets else []
         limit_key = self._limit_key(stage, found, homes)
+        upstream = self._upstream_digests(name)
         tasks = [
-            self._task(stage, part, homes, mark, targets=targets, limit_key=limit_key)
+            replace(
+                self._task(stage, part, homes, mark, targets=targets, limit_key=limit_key),
+                upstream="" if targets else upstream.get(part, ""),
+            )
             for targets, names in ((False, found), (True, target_parts))
             for part in names
         ]
@@ -331,6 +335,14 @@ class Run:
                 if spec.kind == "generator"
             },
         )
+
+    def _upstream_digests(self, name: str) -> dict[str, str]:
+        """By shard: the hashes of the shards of other row stages that this stage reads."""
+        digests: dict[str, str] = {}
+        for earlier in self.identities[name]["upstream"]:
+            for entry in (read_manifest(self.store, earlier) or {})["files"]:
+                digests[entry["path"]] = digests.get(entry["path"], "") + entry["sha256"]
+        return digests
 
     def _limit_key(
         self, stage: RowStage, found: Sequence[str], homes: Mapping[str, str]

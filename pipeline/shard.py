@@ -18,9 +18,12 @@ from pipeline.flow import folder_of
 from pipeline.rundir import ids_digest, read_columns
 from stages.base import RowStage, checked_columns
 from stages.engines.generation_cache import CachedGenerator
-from stages.rows import NOT_REQUESTED, key_hash
+from stages.rows import NOT_REQUESTED, key_hash, row_id
 from stages.rules import rule_columns, rule_mask
 from stages.storage import Store
+
+KEY = "key"
+"""Column of a shard that says what its other columns are a function of."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class ShardTask:
     seed: int
     targets: bool = False
     limit_key: int | None = None
+    upstream: str = ""
     reuse: tuple[str, ...] = ()
     artifacts: Mapping[str, str] = field(default_factory=dict)
     cache: str = ""
@@ -53,6 +57,7 @@ class ShardTask:
             "fingerprint": self.fingerprint,
             "rows": rows,
             "requested": "" if self.limit_key is None else str(self.limit_key),
+            "upstream": self.upstream,
         }
 
 
@@ -79,7 +84,7 @@ async def compute_shard(task: ShardTask, handles: Mapping[str, Any]) -> ShardRep
     """Compute and commit one shard.
 
     Args:
-        task: the shard.
+        task: the shard; `upstream` is the digest of the shards that it reads from other stages.
         handles: the stage's engines by role.
 
     Raises:
@@ -98,9 +103,10 @@ async def compute_shard(task: ShardTask, handles: Mapping[str, Any]) -> ShardRep
         targets=task.targets,
     )
     ids = rows["id"].to_pylist()
+    keys = _keys(rows)
     requested = _requested(task, rows, where)
-    known = _known(task, ids, requested)
-    to_compute = [i for i, wanted in enumerate(requested) if wanted and ids[i] not in known]
+    known = _known(task, keys, requested)
+    to_compute = [i for i, wanted in enumerate(requested) if wanted and keys[i] not in known]
     adds = stage.columns().adds
     pieces: list[pa.Table] = []
     if to_compute:
@@ -108,13 +114,14 @@ async def compute_shard(task: ShardTask, handles: Mapping[str, Any]) -> ShardRep
         artifacts = {name: Store(url) for name, url in task.artifacts.items()}
         made = await stage.process(rows.select(list(needs)).take(to_compute), engines, artifacts)
         pieces.append(checked_columns(stage.name, len(to_compute), adds, made))
-    reused = [i for i, wanted in enumerate(requested) if wanted and ids[i] in known]
-    pieces += [known[ids[i]] for i in reused]
+    reused = [i for i, wanted in enumerate(requested) if wanted and keys[i] in known]
+    pieces += [known[keys[i]] for i in reused]
     skipped = [i for i, wanted in enumerate(requested) if not wanted]
     pieces.append(_not_requested(stage.name, adds, len(skipped)))
     order = pa.array([*to_compute, *reused, *skipped])
     table = pa.concat_tables(pieces).unify_dictionaries().take(pc.sort_indices(order))
     table = table.add_column(0, "id", pa.array(ids, pa.string()))
+    table = table.add_column(1, KEY, pa.array(keys, pa.string()))
     # Encoded anew, so that a shard's bytes don't tell which rows were reused.
     table = _plain_dictionaries(table)
     run.write_table(f"{task.folder}/{task.part}", table, task.footer(ids_digest(rows["id"])))
@@ -133,19 +140,26 @@ def _requested(task: ShardTask, rows: pa.Table, where: str | None) -> list[bool]
     ]
 
 
-def _known(task: ShardTask, ids: list[str], requested: list[bool]) -> dict[str, pa.Table]:
-    """One-row tables of columns that another shard holds for a requested id."""
-    wanted = pa.array([row for row, asked in zip(ids, requested, strict=True) if asked])
+def _keys(rows: pa.Table) -> list[str]:
+    """What a row's columns are a function of: its id, or its effective text where that is read."""
+    if "effective_messages" not in rows.column_names:
+        return [str(row) for row in rows["id"].to_pylist()]
+    return [row_id(messages, None) for messages in rows["effective_messages"].to_pylist()]
+
+
+def _known(task: ShardTask, keys: list[str], requested: list[bool]) -> dict[str, pa.Table]:
+    """One-row tables of columns that another shard holds for a requested key."""
+    wanted = pa.array([key for key, asked in zip(keys, requested, strict=True) if asked])
     known: dict[str, pa.Table] = {}
     adds = task.stage.columns().adds
     for url in task.reuse:
         folder, _, name = url.rpartition("/")
         table = Store(folder).read_table(name)
-        asked = pc.is_in(table["id"], value_set=wanted)
+        asked = pc.is_in(table[KEY], value_set=wanted)
         computed = pc.not_equal(table[f"{task.stage.name}_status"].cast(pa.string()), NOT_REQUESTED)
         hits = table.filter(pc.and_(asked, computed))
-        for place, row in enumerate(hits["id"].to_pylist()):
-            known.setdefault(row, hits.select(adds.names).slice(place, 1))
+        for place, key in enumerate(hits[KEY].to_pylist()):
+            known.setdefault(key, hits.select(adds.names).slice(place, 1))
     return known
 
 

@@ -316,3 +316,37 @@ def test_identity_of_a_run_ignores_where_it_runs(recipe: Any) -> None:
     first = Run(read_config(recipe.save()), lambda _: None).identities
     recipe.value["execution"] |= {"backend": "ray", "run": str(recipe.path.parent / "elsewhere")}
     assert Run(read_config(recipe.save()), lambda _: None).identities == first
+
+
+def test_newly_rewritten_rows_are_read_again_by_what_reads_the_text(
+    recipe: Any, execute: Any
+) -> None:
+    recipe.value["reflection"]["limit"] = 4
+    execute()
+    recipe.value["reflection"]["limit"] = 12
+    done = execute(restart_from="reflection")
+    rewritten = [
+        row["id"]
+        for file in sorted((recipe.run_folder / "reflection").glob("part-*.parquet"))
+        for row in pq.read_table(file, columns=["id", "messages_reflected"]).to_pylist()
+        if row["messages_reflected"]
+    ]
+    assert 0 < done.asked["embedder"] <= len(rewritten)
+    grown = parquet_hashes(recipe.run_folder)
+    recipe.value["execution"]["run"] = str(recipe.path.parent / "fresh")
+    execute()
+    fresh = parquet_hashes(recipe.run_folder)
+    names = [name for name in fresh if name.startswith("embedding/part")]
+    assert {name: grown[name] for name in names} == {name: fresh[name] for name in names}
+
+
+def test_recipe_called_by_another_path_is_the_same_run(
+    recipe: Any, execute: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    execute()
+    monkeypatch.chdir(recipe.path.parent)
+    config = read_config("recipe.yaml")
+    assert (
+        Run(config, lambda _: None).identities
+        == Run(read_config(str(recipe.path)), lambda _: None).identities
+    )

@@ -718,13 +718,14 @@ def test_files_are_named_as_the_recipe_names_them(
     def names(path: str | list[str]) -> list[str]:
         return [file.name for file in files_of(source(path=path))]
 
-    assert names("d/b.jsonl") == ["d/b.jsonl"]
+    assert names("d/b.jsonl") == ["b.jsonl"]
     assert names("./d") == ["b.jsonl", "sub/a.json"]
     assert names(f"{tmp_path}/d/") == ["b.jsonl", "sub/a.json"]
     assert names("d/*.jsonl") == ["b.jsonl"]
     assert names("*/b.jsonl") == ["d/b.jsonl", "e/b.jsonl"]
     assert names(["e", "d/*.jsonl"]) == ["e/b.jsonl", "d/b.jsonl"]
-    assert names(f"file://{tmp_path}/d/b.jsonl") == [f"file://{tmp_path}/d/b.jsonl"]
+    assert names(f"file://{tmp_path}/d/b.jsonl") == ["b.jsonl"]
+    assert names(["d/b.jsonl", "e/b.jsonl"]) == ["d/b.jsonl", "e/b.jsonl"]
     with pytest.raises(ConfigError, match="nowhere"):
         names("nowhere.jsonl")
     with pytest.raises(ConfigError, match=r"README\.md is of no known type"):

@@ -62,8 +62,9 @@ class DictionaryStage:
         set_threads(self._student)
         reader: FeatureReader = engines["student"]
         activations = await self._training_activations(columns, reader)
-        sae, curve = self._trained(activations)
-        quality = evaluate_reconstruction(sae, _batches_of(activations, self.settings.batch))
+        train, held_out = _split(activations, self._seed)
+        sae, curve = self._trained(train)
+        quality = evaluate_reconstruction(sae, _batches_of(held_out, self.settings.batch))
         prototypes, tasks, target_rows = await self._prototypes(targets, reader, sae)
         files = sae_bytes(
             sae,
@@ -72,13 +73,14 @@ class DictionaryStage:
                 "hook_name": f"blocks.{self.settings.layer}.hook_resid_post",
                 "hf_hidden_states_index": self.settings.layer + 1,
                 "part": self.settings.part,
-                "training_tokens": len(activations),
+                "training_tokens": len(train),
                 "training": self.settings.training,
                 "seed": self._seed,
             },
         )
         report = {
             "tokens": len(activations),
+            "held_out_tokens": len(held_out),
             "quality": asdict(quality),
             "curve": asdict(curve),
             "latents": sae.config.d_sae,
@@ -129,6 +131,8 @@ class DictionaryStage:
             learning_rate=settings.learning_rate,
             warmup_steps=int(settings.warmup_share * settings.steps),
             threshold_decay=0.99,
+            # A latent that hasn't fired in a twentieth of the training is revived by AuxK.
+            dead_after_tokens=max(settings.steps * settings.batch // 20, settings.batch),
         )
         batches = _shuffled_batches(activations, settings.batch, settings.steps, self._seed)
         try:
@@ -194,6 +198,15 @@ def _sampled_ids(columns: ShardedColumns, rows: int, seed: int) -> set[str]:
     if len(ids) <= rows:
         return set(ids)
     return set(sorted(ids, key=lambda row: key_hash(row, seed))[:rows])
+
+
+def _split(
+    activations: NDArray[np.float32], seed: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Tokens to train on, and a tenth (at least one) that training never sees."""
+    order = np.random.default_rng([seed, 3]).permutation(len(activations))
+    held_out = max(1, len(order) // 10)
+    return activations[np.sort(order[held_out:])], activations[np.sort(order[:held_out])]
 
 
 def _shuffled_batches(

@@ -19,9 +19,9 @@ class SourceFile:
 
     Attributes:
         url: where it is read.
-        name: what rows and rejects call it: the recipe's path where that names one file, else the
-            path below the folder or the fixed part of the glob. A relative path stays relative, so
-            that bytes don't depend on where a project lies.
+        name: what rows and rejects call it: the file's own name, or its path below the folder or
+            the fixed part of the glob; where a source has several paths, with the folder above it.
+            So bytes don't depend on where a project lies.
     """
 
     url: str
@@ -54,9 +54,9 @@ def _files(source: str, path: str, several: bool) -> list[SourceFile]:
     root = _root(path)
     folder = Store(root or ".").path("").rstrip("/")
     if not _MAGIC.search(path) and Store(urls[0]).path("") == folder:
-        return [SourceFile(urls[0], path)]
+        return [SourceFile(urls[0], "/".join(folder.split("/")[-2 if several else -1 :]))]
     # Two folders may hold files of one name, which the folder as written then tells apart.
-    prefix = f"{root.rstrip('/')}/" if several and root else ""
+    prefix = f"{folder.rpartition('/')[2]}/" if several and root else ""
     return [
         SourceFile(url, prefix + Store(url).path("").removeprefix(f"{folder}/")) for url in urls
     ]

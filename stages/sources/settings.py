@@ -77,8 +77,8 @@ class Source(Settings):
         description="Regular expression with one group (its last match is the reference answer in "
         "the response), or `boxed`: the last LaTeX box. A record's own answer column goes first.",
     )
-    repeats: float = Field(
-        default=1.0, gt=0, description="How often the mixture may use a row of this source."
+    repeats: int = Field(
+        default=1, ge=1, description="How often a row of this source may be emitted."
     )
     max_reject_rate: Rate | None = Field(
         default=None,
