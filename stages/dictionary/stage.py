@@ -131,6 +131,7 @@ class DictionaryStage:
             learning_rate=settings.learning_rate,
             warmup_steps=int(settings.warmup_share * settings.steps),
             threshold_decay=0.99,
+            log_every=max(1, settings.steps // 50),
             # A latent that hasn't fired in a twentieth of the training is revived by AuxK.
             dead_after_tokens=max(settings.steps * settings.batch // 20, settings.batch),
         )

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     import torch
 
 
+_CANDIDATES = 1024
+
+
 class TransformersGenerator:
     """Generates one batch a call, left-padded."""
 
@@ -140,14 +143,26 @@ def nucleus_choice(probabilities: NDArray[np.float64], top_p: float, uniform: fl
     Source: Holtzman et al. 2020 (nucleus sampling); inversion of the distribution function.
     """
     if top_p < 1:
-        order = np.argsort(-probabilities, kind="stable")
-        before = np.cumsum(probabilities[order]) - probabilities[order]
-        outside = order[before >= top_p]
-        probabilities = probabilities.copy()
-        probabilities[outside] = 0.0
+        inside = _nucleus(probabilities, top_p)
+        kept = np.zeros_like(probabilities)
+        kept[inside] = probabilities[inside]
+        probabilities = kept
     cumulative = np.cumsum(probabilities)
     choice = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
     return min(choice, len(probabilities) - 1)
+
+
+def _nucleus(probabilities: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
+    """Tokens of the smallest set of mass >= `top_p`, most probable first, ties by index."""
+    # Sorting a whole vocabulary for every row and step costs more than a small model's forward.
+    candidates = np.arange(len(probabilities))
+    if len(probabilities) > _CANDIDATES:
+        likely = np.sort(np.argpartition(-probabilities, _CANDIDATES)[:_CANDIDATES])
+        if probabilities[likely].sum() >= top_p:
+            candidates = likely
+    order = candidates[np.argsort(-probabilities[candidates], kind="stable")]
+    before = np.cumsum(probabilities[order]) - probabilities[order]
+    return order[before < top_p]
 
 
 def end_token_ids(tokenizer: object, configured: int | list[int] | None) -> list[int]:

@@ -351,6 +351,11 @@ def _die_with(parent: int) -> None:
         os._exit(1)
 
 
+def _signed(seed: int) -> int:
+    """A 64-bit seed folded into 63: vLLM's are signed, and torch's CPU generator reads 32 bits."""
+    return (seed ^ (seed >> 32)) & (2**63 - 1)
+
+
 def _drawn(engine: Any, task: _Task) -> list[_Drawn]:
     from vllm import SamplingParams, TokensPrompt
 
@@ -359,8 +364,7 @@ def _drawn(engine: Any, task: _Task) -> list[_Drawn]:
             max_tokens=task.max_new_tokens,
             temperature=task.temperature,
             top_p=task.top_p,
-            # Seeds have 64 bits; vLLM keeps them as signed integers.
-            seed=seed & (2**63 - 1),
+            seed=_signed(seed),
             # 0: of the drawn token alone, before temperature and top_p.
             logprobs=0,
             stop_token_ids=task.end_ids,
