@@ -19,8 +19,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipeline.backend import FitTask
 from pipeline.config import Placement
@@ -42,15 +40,16 @@ Pools = dict[str, list[Any]]
 class EngineActor:
     """Holds one model."""
 
-    def __init__(self, spec: EngineSpec) -> None:
+    def __init__(self, spec: EngineSpec, tensor_parallel: int) -> None:
         """Keep what to load: a restarted actor loads it again at its next call."""
         self._spec = spec
+        self._tensor_parallel = tensor_parallel
         self._engine: Any = None
 
     def load(self) -> int:
         """Load the model; the process id."""
         if self._engine is None:
-            self._engine = make_engine(self._spec.kind, self._spec.settings)
+            self._engine = make_engine(self._spec.kind, self._spec.settings, self._tensor_parallel)
         return os.getpid()
 
     def call(self, method: str, *args: Any) -> Any:
@@ -133,7 +132,6 @@ class RayBackend:
         self._in_flight = shards_in_flight
         self._started = False
         self._pools: dict[tuple[str, str], list[Any]] = {}
-        self._groups: dict[tuple[str, str], list[PlacementGroup]] = {}
         self._worker: Any = None
         self._roles: Pools = {}
         self._connect()
@@ -220,21 +218,14 @@ class RayBackend:
     async def _open_pool(
         self, key: tuple[str, str], spec: EngineSpec, placement: Placement
     ) -> None:
-        actors: list[Any] = []
-        groups: list[PlacementGroup] = []
-        self._pools[key], self._groups[key] = actors, groups
-        actor_class = cast("ActorClass[EngineActor]", EngineActor)
-        for _ in range(placement.replicas):
-            options: dict[str, Any] = {"num_cpus": placement.cpus or 0, "num_gpus": placement.gpus}
-            if placement.tensor_parallel > 1:
-                bundle = {"CPU": 1, "GPU": 1}
-                group = placement_group([bundle] * placement.tensor_parallel, "STRICT_PACK")
-                groups.append(group)
-                options = {
-                    "num_gpus": placement.gpus,
-                    "scheduling_strategy": PlacementGroupSchedulingStrategy(group),
-                }
-            actors.append(actor_class.options(**options).remote(spec))
+        # One actor holds all GPUs of a replica, so that they are on one node without a group.
+        actor_class = cast("ActorClass[EngineActor]", EngineActor).options(
+            num_cpus=placement.cpus or 0, num_gpus=placement.gpus
+        )
+        actors: list[Any] = [
+            actor_class.remote(spec, placement.tensor_parallel) for _ in range(placement.replicas)
+        ]
+        self._pools[key] = actors
         ready = [actor.__ray_ready__.remote() for actor in actors]
         done, waiting = await asyncio.to_thread(
             ray.wait, ready, num_returns=len(ready), timeout=self._timeout
@@ -244,7 +235,8 @@ class RayBackend:
             have = ", ".join(
                 f"{k}: {v:g}" for k, v in sorted(resources.items()) if k in ("CPU", "GPU")
             )
-            self._close_pool(key)
+            for actor in self._pools.pop(key):
+                ray.kill(actor)
             raise EngineError(
                 f"engine {spec.model}: the cluster placed {len(done)} of {placement.replicas} "
                 f"replicas (each gpus: {placement.gpus:g}, cpus: {placement.cpus or 0:g}) within "
@@ -269,8 +261,6 @@ class RayBackend:
             with contextlib.suppress(RayActorError, RayTaskError, GetTimeoutError):
                 ray.get(actor.close.remote(), timeout=30)
             ray.kill(actor)
-        for group in self._groups.pop(key):
-            remove_placement_group(group)
 
 
 def _have_token() -> None:

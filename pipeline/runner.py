@@ -121,20 +121,23 @@ class Run:
                 await self.backend.close()
 
     def _restart(self) -> None:
-        """Make the stages from `restart_from` on unfinished; their shards stay for reuse by id."""
+        """Make the stages from `restart_from` on unfinished where they changed, or are named.
+
+        Shards stay, to be reused where they still hold: after a larger `limit` only the new rows
+        are computed. Naming a stage that didn't change asks for all of it again.
+        """
         if not self.restart_from:
             return
         names = self.flow.names
-        start = names.index(self.restart_from)
-        for stage in names[start:]:
+        for stage in names[names.index(self.restart_from) :]:
             folder = self.store.child(folder_of(stage))
             changed = read_identity(self.store, stage) != self.identities[stage]
-            if stage == self.restart_from or changed:
+            if changed or stage == self.restart_from:
                 folder.remove(MANIFEST)
-                if stage in self.flow.rows and stage == self.restart_from:
-                    for inner in ("", "targets/"):
-                        for part in parts(self.store, f"{folder_of(stage)}/{inner}".rstrip("/")):
-                            folder.remove(f"{inner}{part}")
+            if stage == self.restart_from and stage in self.flow.rows and not changed:
+                for inner in ("", "targets/"):
+                    for part in parts(self.store, f"{folder_of(stage)}/{inner}".rstrip("/")):
+                        folder.remove(f"{inner}{part}")
 
     async def _stage(self, name: str) -> None:
         started = time.monotonic()

@@ -1,4 +1,4 @@
-"""The quickstart as `make demo` runs it: every stage, real models, Ray; and what users do with it."""
+"""The quickstart as `make demo` runs it: every stage, real models, Ray; and its data set."""
 
 from __future__ import annotations
 

@@ -284,7 +284,7 @@ def test_scoring_memory_does_not_grow_with_rows() -> None:
         ids = draws.integers(100, 40000, (n, 24)).tolist()
         return [ScoreRequest(row[:12], row[12:]) for row in ids]
 
-    scorer.score(rows(64))
+    scorer.score(rows(40))
     before = psutil.Process().memory_info().rss
-    scorer.score(rows(400))
+    scorer.score(rows(160))
     assert psutil.Process().memory_info().rss - before < 150e6

@@ -166,7 +166,7 @@ def test_equal_targets_are_one_point_with_their_joint_mass() -> None:
 
 
 def test_value_of_emitted_rows_is_that_of_a_linear_programme(tmp_path: Path) -> None:
-    rows, wanted, decisions, vectors, source, points = planted(40, 30, (0.6, 0.4))
+    rows, wanted, decisions, vectors, _, points = planted(40, 30, (0.6, 0.4))
     lines = np.array([0, 0, 3, 5, 41, 50, 77])
     report = {"weights": {"s0": 0.5, "s1": 0.5}, "available": {"s0": 40, "s1": 40}}
     found = emitted_value(

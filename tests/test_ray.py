@@ -97,7 +97,9 @@ import subprocess, sys
 os.environ["RAY_ADDRESS"] = own["gcs_address"]
 guest = "import asyncio, ray; from pipeline.ray_backend import RayBackend; " \\
         "b = RayBackend(5, 1); asyncio.run(b.close()); print('guest', ray.is_initialized())"
-done = subprocess.run([sys.executable, "-c", guest], capture_output=True, text=True, cwd={str(ROOT)!r})
+done = subprocess.run(
+    [sys.executable, "-c", guest], capture_output=True, text=True, cwd={str(ROOT)!r}
+)
 print(done.stdout, done.stderr[-2000:])
 print("alive", ray.get(ray.remote(lambda: 41 + 1).options(num_cpus=0).remote()))
 """

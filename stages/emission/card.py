@@ -235,8 +235,8 @@ def _limits(facts: Facts) -> list[str]:
     limits = [
         "Rows were chosen by models' scores and by distance to the targets. Nobody read them all: "
         "wrong answers, personal data, bias and harmful text that the sources hold may be here.",
-        "Exact duplicates were removed. Near duplicates, and overlap with targets or evaluation sets, "
-        "were not looked for: check before you report scores on them.",
+        "Exact duplicates were removed. Near duplicates, and overlap with targets or evaluation "
+        "sets, were not looked for: check before you report scores on them.",
         "Licences are what sources and records declare. A source without one is marked so: find "
         "out before you publish.",
     ]

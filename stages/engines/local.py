@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def make_engine(kind: str, settings: ModelSettings) -> Any:
-    """The engine of a kind, with its model loaded.
+def make_engine(kind: str, settings: ModelSettings, tensor_parallel: int = 1) -> Any:
+    """The engine of a kind, with its model loaded; `tensor_parallel` GPUs share a vLLM model.
 
     Raises:
         ConfigError: no engine of that kind runs on the library that the settings name.
@@ -29,7 +29,7 @@ def make_engine(kind: str, settings: ModelSettings) -> Any:
     if kind == "generator" and settings.engine == "vllm":
         from stages.engines.vllm_generator import VllmGenerator
 
-        return VllmGenerator(settings)
+        return VllmGenerator(settings, tensor_parallel=tensor_parallel)
     if settings.engine != "transformers":
         raise ConfigError(
             f"model {settings.model}: engine {settings.engine} generates text only; a {kind} "
