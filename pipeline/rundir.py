@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from pipeline.flow import folder_of
-from stages.errors import RunBusy, StageError
+from stages.errors import ConfigError, RunBusy, StageError
 from stages.rows import effective_messages
 from stages.storage import Store
 
@@ -28,6 +28,18 @@ MANIFEST = "manifest.json"
 IDENTITY = "identity.json"
 _HEARTBEAT_S = 10.0
 _STALE_S = 60.0
+
+
+def opened_run(url: str) -> Store:
+    """The store of a run directory that was begun.
+
+    Raises:
+        ConfigError: none is there.
+    """
+    run = Store(url)
+    if read_identity(run, "ingest") is None:
+        raise ConfigError(f"{url} is no run directory: no stage was begun there; check the path")
+    return run
 
 
 def read_manifest(run: Store, stage: str) -> dict[str, Any] | None:

@@ -6,10 +6,8 @@ from rich.table import Table
 
 from pipeline.config import Config
 from pipeline.flow import ORDER, Flow, folder_of
-from pipeline.rundir import parts, read_identity, read_manifest
+from pipeline.rundir import opened_run, parts, read_identity, read_manifest
 from pipeline.runner import Run
-from stages.errors import ConfigError
-from stages.storage import Store
 
 
 def status_table(url: str) -> Table:
@@ -18,9 +16,7 @@ def status_table(url: str) -> Table:
     Raises:
         ConfigError: no run is there.
     """
-    run = Store(url)
-    if not run.exists("recipe.yaml"):
-        raise ConfigError(f"{url} is no run directory (it has no recipe.yaml)")
+    run = opened_run(url)
     table = _table("rows", "shards", "time", "state")
     for stage in ORDER:
         manifest = read_manifest(run, stage)

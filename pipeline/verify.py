@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from pipeline.flow import ORDER, folder_of
-from pipeline.rundir import read_manifest
-from stages.errors import ConfigError, StageError
-from stages.storage import Store
+from pipeline.rundir import opened_run, read_manifest
+from stages.errors import StageError
 
 
 def verified_files(url: str) -> int:
@@ -15,9 +14,7 @@ def verified_files(url: str) -> int:
         ConfigError: no run is there.
         StageError: a file is missing, changed, or holds another number of rows; or rows were lost.
     """
-    run = Store(url)
-    if not run.exists("recipe.yaml"):
-        raise ConfigError(f"{url} is no run directory (it has no recipe.yaml)")
+    run = opened_run(url)
     wrong: list[str] = []
     checked = 0
     for stage in ORDER:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.flow import ROW_STAGES, folder_of
-from pipeline.rundir import parts, read_manifest
+from pipeline.rundir import opened_run, parts, read_manifest
 from stages.errors import ConfigError
 from stages.storage import Store
 
@@ -26,9 +26,7 @@ def story(url: str, row: str) -> str:
     Raises:
         ConfigError: no run is there, or the id fits no row or several.
     """
-    run = Store(url)
-    if read_manifest(run, "ingest") is None:
-        raise ConfigError(f"{url} is no run directory, or its ingest isn't complete")
+    run = opened_run(url)
     part, place, record = _found(run, row)
     lines = [
         f"row       {record['id']}",

@@ -215,9 +215,11 @@ def expand(url: str, suffixes: tuple[str, ...]) -> list[str]:
         found = [str(name) for name in fs.find(path) if str(name).endswith(suffixes)]
     else:
         found = [path] if fs.exists(path) else []
+    if not found and fs.isdir(path):
+        kinds = ", ".join(suffix for suffix in suffixes if suffix.count(".") == 1)
+        raise ConfigError(f"{url} holds no data file; readable are {kinds} (compressed or not)")
     if not found:
-        kind = "holds no data file" if fs.isdir(path) else "doesn't exist"
-        raise ConfigError(f"{url} {kind}; readable are {', '.join(suffixes)} (compressed or not)")
+        raise ConfigError(f"{url} doesn't exist; check the path")
     return [str(fs.unstrip_protocol(name)) for name in sorted(found)]
 
 

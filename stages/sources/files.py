@@ -41,9 +41,11 @@ def files_of(source: Source) -> list[SourceFile]:
 def _files(source: str, path: str, several: bool) -> list[SourceFile]:
     try:
         urls = expand(path, SUFFIXES)
+    except ConfigError as error:
+        raise ConfigError(f"source {source}: {error}") from error
     except Exception as error:
         # Each filesystem has its own errors: an unreachable hub raises its HTTP client's.
-        raise ConfigError(f"{source}: cannot read {path}: {error}") from error
+        raise ConfigError(f"source {source}: cannot read {path}: {error}") from error
     unknown = [url for url in urls if file_type(url) is None]
     if unknown:
         raise ConfigError(
