@@ -9,12 +9,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-__all__ = ["DifficultySettings", "DifficultyStage", "IfdScorer", "reference_losses"]
+__all__ = ["DifficultySettings", "DifficultyStage", "reference_losses"]
 
 _HOME = {
     "DifficultySettings": "settings",
     "DifficultyStage": "stage",
-    "IfdScorer": "python",
     "reference_losses": "compat",
 }
 
