@@ -47,12 +47,7 @@ class TransformersGenerator:
 
         if not requests:
             return []
-        width = max(len(request.prompt) for request in requests)
-        if width + sampling.max_new_tokens > self._settings.max_length:
-            raise EngineError(
-                f"a prompt of {width} tokens and {sampling.max_new_tokens} new ones exceed "
-                f"max_length={self._settings.max_length}"
-            )
+        width = longest_prompt(requests, sampling, self._settings.max_length)
         pad = self._tokenizer.pad_token_id or 0
         ids = torch.full((len(requests), width), pad, dtype=torch.long)
         mask = torch.zeros(len(requests), width, dtype=torch.long)
@@ -130,6 +125,23 @@ class SeededChoice:
             row.append(value)
         only = torch.full_like(scores, float("-inf"))
         return only.scatter(1, chosen[:, None], 0.0)
+
+
+def longest_prompt(
+    requests: Sequence[GenerationRequest], sampling: Sampling, max_length: int
+) -> int:
+    """Tokens of the longest prompt.
+
+    Raises:
+        EngineError: with the new tokens it exceeds the model's window.
+    """
+    width = max(len(request.prompt) for request in requests)
+    if width + sampling.max_new_tokens > max_length:
+        raise EngineError(
+            f"a prompt of {width} tokens and {sampling.max_new_tokens} new ones exceed "
+            f"max_length={max_length}"
+        )
+    return width
 
 
 def nucleus_choice(probabilities: NDArray[np.float64], top_p: float, uniform: float) -> int:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import psutil
 
 from stages.engines import Completion, GenerationRequest, Sampling
-from stages.engines.generator import end_token_ids
+from stages.engines.generator import end_token_ids, longest_prompt
 from stages.engines.model_files import load_tokenizer, model_folder
 from stages.engines.settings import ModelSettings
 from stages.errors import EngineError
@@ -106,12 +106,7 @@ class VllmGenerator:
         """
         if not requests:
             return []
-        width = max(len(request.prompt) for request in requests)
-        if width + sampling.max_new_tokens > self._settings.max_length:
-            raise EngineError(
-                f"a prompt of {width} tokens and {sampling.max_new_tokens} new ones exceed "
-                f"max_length={self._settings.max_length}"
-            )
+        longest_prompt(requests, sampling, self._settings.max_length)
         if any(len(request.prompt) == 0 for request in requests):
             raise EngineError("a prompt is empty; vLLM generates after at least one token")
         task = _Task(

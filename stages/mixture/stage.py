@@ -201,9 +201,9 @@ class MixtureStage:
         A subsample's value lies above the full one on average (F is convex in the measures), so the
         estimate errs on the safe side.
         """
-        kept = list(_kept_rows(columns, decisions, sources)) if self._fits(decisions, cloud) else []
-        if kept or not fresh:
-            kept = kept or list(_kept_rows(columns, decisions, sources))
+        fits = int(decisions.num_rows) * len(cloud.mass) <= _EXACT_ENTRIES
+        if fits or not fresh:
+            kept = list(_kept_rows(columns, decisions, sources))
             vectors = np.concatenate([rows.vectors for rows in kept])
             source = np.concatenate([rows.source for rows in kept])
             value = mixture_value(vectors, source, bundle.weights, cloud, self.settings.metric)
@@ -213,9 +213,6 @@ class MixtureStage:
             for vectors, of in fresh
         ]
         return (*_mean_and_half_width(values), "fresh rows")
-
-    def _fits(self, decisions: pa.Table, cloud: TargetCloud) -> bool:
-        return int(decisions.num_rows) * len(cloud.mass) <= _EXACT_ENTRIES
 
     def _sums(
         self,
