@@ -9,6 +9,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from stages.engines import (
     Completion,
@@ -23,6 +25,7 @@ from stages.engines.generation_cache import CachedGenerator
 from stages.engines.generator import TransformersGenerator, nucleus_choice
 from stages.engines.local import make_engine
 from stages.engines.model_files import load_causal_lm, model_folder, model_identity
+from stages.engines.prefixes import shared_prefixes
 from stages.engines.reader import TransformersReader
 from stages.engines.scorer import TransformersScorer
 from stages.engines.settings import ModelSettings
@@ -67,6 +70,69 @@ def test_scorer_batches_equal_single_rows_with_full_logits(model: Any, sequences
     assert scores.counts.tolist() == [count for _, count in expected]
     np.testing.assert_allclose(scores.sums, [total for total, _ in expected], rtol=1e-5, atol=1e-4)
     assert np.isnan(scores.mean_losses()[7])
+
+
+def test_shared_prefixes_and_repeated_requests_change_no_score(model: Any) -> None:
+    draws = np.random.default_rng(1)
+
+    def ids(n: int) -> list[int]:
+        return [int(i) for i in draws.integers(100, 40000, n)]
+
+    header, other = ids(20), ids(12)
+    prompts = [
+        *([*header, *ids(n)] for n in (1, 7, 30, 2, 90)),
+        # Nothing but the header, and a header that parts from it late.
+        header,
+        [*header[:15], *ids(9)],
+        *([*other, *ids(n)] for n in (3, 4)),
+        [],
+    ]
+    requests = [
+        ScoreRequest(prompt, ids(n))
+        for prompt, n in zip(prompts, (9, 1, 14, 40, 3, 5, 8, 6, 7, 10), strict=True)
+    ]
+    requests += [requests[2], requests[0]]
+    scores = TransformersScorer(SETTINGS).score(requests)
+    expected = [brute_force(model, list(p), list(t)) for p, t in requests]
+    assert scores.counts.tolist() == [count for _, count in expected]
+    np.testing.assert_allclose(scores.sums, [total for total, _ in expected], rtol=1e-5, atol=1e-4)
+    groups = {len(group.ids): group.members for group in shared_prefixes(prompts)}
+    assert groups == {15: [0, 1, 2, 3, 4, 5, 6], 0: [7, 8, 9]}
+
+
+@given(st.lists(st.lists(st.integers(0, 1), max_size=14), max_size=30))
+def test_every_prompt_begins_with_its_groups_prefix(prompts: list[list[int]]) -> None:
+    groups = shared_prefixes(prompts)
+    assert sorted(i for group in groups for i in group.members) == list(range(len(prompts)))
+    for group in groups:
+        for i in group.members:
+            assert tuple(prompts[i][: len(group.ids)]) == group.ids
+            assert not group.ids or len(prompts[i]) > len(group.ids)
+
+
+def test_gradient_norm_is_that_of_finite_differences(model: Any) -> None:
+    """Along its own direction the loss falls at the rate of the gradient's norm."""
+    draws = np.random.default_rng(2)
+    prompt, target = draws.integers(100, 40000, (2, 6)).tolist()
+    scorer = TransformersScorer(SETTINGS)
+    norm = scorer.gradient_norms([ScoreRequest(prompt, target), ScoreRequest(prompt, target[:1])])
+    weight = scorer._model.get_input_embeddings().weight
+    with torch.enable_grad():
+        weight.requires_grad_(True)
+        out = scorer._model(torch.tensor([[*prompt, *target]])).logits[0].log_softmax(-1)
+        total = sum(out[5 + i, token] for i, token in enumerate(target))
+        (gradient,) = torch.autograd.grad(total, weight)
+        weight.requires_grad_(False)
+    step = 1e-2 * gradient / gradient.norm()
+    sums = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight += sign * step
+        sums.append(scorer.score([ScoreRequest(prompt, target)]).sums[0])
+        with torch.no_grad():
+            weight -= sign * step
+    assert norm[0] == pytest.approx((sums[0] - sums[1]) / 2e-2, rel=1e-2)
+    assert 0 < norm[1] < norm[0]
 
 
 def test_scorer_refuses_a_sequence_over_the_window() -> None:
@@ -271,9 +337,9 @@ def test_pickled_weights_are_refused(tmp_path: Any) -> None:
         model_folder(str(tmp_path))
 
 
-def test_vllm_model_cannot_score() -> None:
-    with pytest.raises(ConfigError, match="engine vllm generates text only"):
-        make_engine("scorer", ModelSettings(model=STUDENT, engine="vllm"))
+def test_vllm_model_reads_no_residual_stream() -> None:
+    with pytest.raises(ConfigError, match="engine vllm generates and scores; a reader needs"):
+        make_engine("reader", ModelSettings(model=STUDENT, engine="vllm"))
 
 
 def test_scoring_memory_does_not_grow_with_rows() -> None:

@@ -35,6 +35,19 @@ class LogLikelihoods:
             return np.where(self.counts > 0, -self.sums / self.counts, np.nan)
 
 
+@dataclass(frozen=True)
+class FirstTokens:
+    """What a model would say first after each prompt.
+
+    Attributes:
+        log_probs: of the chosen ids, nats, float64 [n, chosen].
+        greedy: id of the most probable token, int64 [n].
+    """
+
+    log_probs: NDArray[np.float64]
+    greedy: NDArray[np.int64]
+
+
 class ScoreRequest(NamedTuple):
     """Score `target` ids after `prompt` ids; with an empty prompt the first target isn't scored."""
 
@@ -85,10 +98,18 @@ class Embedded:
 
 
 class TokenScorer(Protocol):
-    """Log-likelihoods of given tokens."""
+    """Log-likelihoods of given tokens, and what follows from them."""
 
     async def score(self, requests: Sequence[ScoreRequest]) -> LogLikelihoods:
         """Log-likelihood of every request's target, in input order."""
+        ...
+
+    async def first_tokens(self, prompts: Sequence[TokenIds], chosen: TokenIds) -> FirstTokens:
+        """Log-probabilities of chosen ids as the token after every prompt, in input order."""
+        ...
+
+    async def gradient_norms(self, requests: Sequence[ScoreRequest]) -> NDArray[np.float64]:
+        """L2 norm of the gradient of every target's summed loss, input embeddings, [n]."""
         ...
 
 

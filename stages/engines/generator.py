@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.engines import Completion, GenerationRequest, Sampling
+from stages.engines.batching import token_budget_batches
 from stages.engines.model_files import load_causal_lm, load_tokenizer, set_threads
 from stages.engines.settings import ModelSettings
 from stages.errors import EngineError
@@ -18,10 +19,14 @@ if TYPE_CHECKING:
 
 
 _CANDIDATES = 1024
+_CACHED_TOKENS = 32_768
+"""Tokens whose keys and values are held at once, padding included."""
+STEP_OVERHEAD = 4_096
+"""Padded tokens whose keys and values cost as much a step as reading the weights once more."""
 
 
 class TransformersGenerator:
-    """Generates one batch a call, left-padded."""
+    """Generates in left-padded batches of similar prompts."""
 
     def __init__(self, settings: ModelSettings) -> None:
         """Load the model and its tokenizer.
@@ -42,12 +47,21 @@ class TransformersGenerator:
         Raises:
             EngineError: prompt and new tokens together exceed the model's window.
         """
+        if not requests:
+            return []
+        longest_prompt(requests, sampling, self._settings.max_length)
+        lengths = [len(request.prompt) + sampling.max_new_tokens for request in requests]
+        completions: dict[int, Completion] = {}
+        for batch in token_budget_batches(lengths, _CACHED_TOKENS, STEP_OVERHEAD):
+            made = self._batch([requests[i] for i in batch], sampling)
+            completions |= dict(zip(batch, made, strict=True))
+        return [completions[i] for i in range(len(requests))]
+
+    def _batch(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[Completion]:
         import torch
         from transformers import LogitsProcessorList
 
-        if not requests:
-            return []
-        width = longest_prompt(requests, sampling, self._settings.max_length)
+        width = max(len(request.prompt) for request in requests)
         pad = self._tokenizer.pad_token_id or 0
         ids = torch.full((len(requests), width), pad, dtype=torch.long)
         mask = torch.zeros(len(requests), width, dtype=torch.long)

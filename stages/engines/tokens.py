@@ -8,9 +8,9 @@ ids after any prompt.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stages.errors import RowError
 from stages.rows import Message
@@ -58,7 +58,11 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def chat_tokens(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, open_turn: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    open_turn: bool = False,
+    options: Mapping[str, Any] | None = None,
 ) -> ChatTokens:
     """A conversation under the model's own chat template.
 
@@ -66,12 +70,13 @@ def chat_tokens(
         tokenizer: its chat template is used; without one, turns are joined by blank lines.
         messages: the turns; where the last one is the assistant's its content is the response.
         open_turn: end with the header of an assistant turn (to generate, or to score a response).
+        options: variables of the template (`enable_thinking`).
 
     Raises:
         RowError: the template refuses the turns, or drops or repeats the content of one.
     """
     marks = [f"\ue000{i}\ue001" for i in range(len(messages))]
-    rendered = _rendered(tokenizer, messages, marks, open_turn)
+    rendered = _rendered(tokenizer, messages, marks, open_turn, options or {})
     ids: list[int] = []
     parts: list[int] = []
     seen: list[int] = []
@@ -105,6 +110,7 @@ def _rendered(
     messages: Sequence[Message],
     marks: Sequence[str],
     open_turn: bool,
+    options: Mapping[str, Any],
 ) -> str:
     if not getattr(tokenizer, "chat_template", None):
         return "\n\n".join(marks) + ("\n\n" if open_turn else "")
@@ -114,7 +120,9 @@ def _rendered(
         {"role": turn["role"], "content": mark} for turn, mark in zip(messages, marks, strict=True)
     ]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=open_turn)
+        text = tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=open_turn, **options
+        )
     except (TemplateError, ValueError) as error:
         raise RowError(f"chat_template: {error}") from error
     return str(text)
