@@ -44,7 +44,7 @@ def test_unknown_key_is_answered_with_the_nearest(recipe: Any) -> None:
         ("sources", [], "sources: List should have at least 1 item"),
         ("embedding", None, "mixture needs an embedding section"),
         ("execution.run", None, "execution.run"),
-        ("difficulty.mode", "compat", "needs template alpaca or vicuna"),
+        ("difficulty.mode", "compat", "needs template alpaca, vicuna or plain"),
         ("seed", -1, "seed: Input should be greater than or equal to 0"),
     ],
 )

@@ -95,6 +95,92 @@ def _loss(model: Any, prompt: list[int], target: list[int]) -> float:
     return -sum(float(log_probs[i - 1, ids[0, i]]) for i in places) / len(target)
 
 
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\nName two rivers.\n\n### Response:The Seine, the Loire.\n\n"
+    "### Instruction:\nAnd one in Spain?\n\n### Response:"
+)
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions. USER: Name two rivers. "
+    "ASSISTANT:The Seine, the Loire. USER: And one in Spain? ASSISTANT:"
+)
+PLAIN = "Name two rivers.\nThe Seine, the Loire.\nAnd one in Spain?\n"
+HEADERS = {"alpaca": "### Response:", "vicuna": "ASSISTANT:", "chat": "<|im_start|>assistant\n"}
+
+
+def test_text_templates_and_headers_are_brute_force(student_tokenizer: Any) -> None:
+    turns = [
+        {"role": "user", "content": "Name two rivers."},
+        {"role": "assistant", "content": "The Seine, the Loire."},
+        {"role": "user", "content": "And one in Spain?"},
+        {"role": "assistant", "content": "The Ebro, of course."},
+    ]
+
+    async def losses(scorer: Any, tokenizer: Any) -> dict[Any, Any]:
+        return {
+            (template, prefixed): (
+                await response_losses(
+                    scorer, tokenizer, [turns], 256, template=template, prefixed=prefixed
+                )
+            )[0]
+            for template in ("chat", "alpaca", "vicuna", "plain")
+            for prefixed in (False, True)
+        }
+
+    with opened("scorer", MODELS["student"]) as (scorer, tokenizer):
+        found = asyncio.run(losses(scorer, tokenizer))
+        model = scorer._engine._model
+
+        def ids(text: str) -> list[int]:
+            return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+        target, start = ids(turns[3]["content"]), [tokenizer.bos_token_id]
+        for template, text in (("alpaca", ALPACA), ("vicuna", VICUNA), ("plain", PLAIN)):
+            loss = found[template, False]
+            assert loss.given_prompt == pytest.approx(_loss(model, ids(text), target), abs=1e-4)
+            assert loss.alone == pytest.approx(_loss(model, start, target), abs=1e-4)
+        for template, header in HEADERS.items():
+            alone = found[template, True].alone
+            assert alone == pytest.approx(_loss(model, ids(header), target), abs=1e-4)
+        assert isinstance(found["plain", True], RowError)
+
+
+def test_prefixed_and_plain_compat_losses_are_masked_forwards() -> None:
+    """As the published scripts: text encoded whole, labels masked up to the encoded prefix."""
+    row = {"instruction": "Name a colour.", "input": "Not red.", "output": "Blue is a colour."}
+    with opened("scorer", MODELS["student"]) as (scorer, tokenizer):
+        model = scorer._engine._model
+
+        def masked(prefix: str, cut: int = 256) -> float:
+            ids = torch.tensor([tokenizer(prefix + row["output"])["input_ids"][:cut]])
+            labels = ids.clone()
+            labels[0, : len(tokenizer(prefix)["input_ids"])] = -100
+            with torch.inference_mode():
+                return float(model(input_ids=ids, labels=labels).loss)
+
+        plain = reference_losses([row], STUDENT, template="plain")[0]
+        assert plain.response_given_instruction == pytest.approx(
+            masked("Name a colour.\nNot red.\n"), abs=1e-4
+        )
+        assert plain.response == pytest.approx(masked(""), abs=1e-4)
+        assert plain.instruction is None
+        for template, header in (("alpaca", "### Response:"), ("vicuna", "ASSISTANT:")):
+            found = reference_losses([row], STUDENT, template=template, prefixed=True)[0]
+            assert found.response == pytest.approx(masked(header), abs=1e-4)
+        # The script's window for the response alone is the prompt's, shortened by 4 tokens.
+        vicuna = (
+            "A chat between a curious user and an artificial intelligence assistant. The assistant "
+            "gives helpful, detailed, and polite answers to the user's questions. "
+            "USER: Name a colour.\nInput:\nNot red. ASSISTANT:"
+        )
+        room = len(tokenizer(vicuna)["input_ids"])
+        cut = reference_losses(
+            [row], STUDENT, template="vicuna", prefixed=True, max_length=room + 2
+        )[0]
+        assert cut.response == pytest.approx(masked("ASSISTANT:", 2 + 6), abs=1e-4)
+
+
 class CountingScorer:
     """Scores nothing really: each target token costs 1 nat; remembers what it was asked."""
 
@@ -142,6 +228,31 @@ def test_undefined_scores_are_null_with_a_status() -> None:
     assert cut["response_truncated"] is True
     assert cut["difficulty_status"] == "ok"
     assert Counter(row["ifd"] for row in rows) == {None: 2, 1.0: 1}
+
+
+def test_r_ifd_is_scored_where_it_is_asked_for() -> None:
+    long = [turns("why", "because " * 230)[0], turns("why", "because " * 230)[1]]
+    rows, _ = process([turns("what for", "no reason"), long], rifd=True)
+    assert rows[0]["rifd"] == pytest.approx(1.0)
+    assert rows[0]["difficulty_status"] == "ok"
+    assert rows[1]["ifd"] is not None
+    assert rows[1]["rifd"] is None
+    assert rows[1]["difficulty_status"].startswith("no_rifd: prompt_too_long")
+    without, _ = process([turns("what for", "no reason")])
+    assert "rifd" not in without[0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mode": "compat"},
+        {"variant": "loss_ratio_prefixed", "template": "plain"},
+        {"mode": "compat", "template": "plain", "rifd": True},
+    ],
+)
+def test_settings_without_a_meaning_are_refused(settings: Any) -> None:
+    with pytest.raises(ValueError, match="template"):
+        DifficultySettings(**settings)
 
 
 def test_rows_keep_their_order_around_failures() -> None:

@@ -9,15 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from stages.difficulty.templates import Template, header_ids, prompt_ids, response_ids
 from stages.engines import ScoreRequest, TokenScorer
-from stages.engines.tokens import chat_tokens, start_ids, text_ids
-from stages.errors import RowError
-from stages.rows import Message, instruction, response
+from stages.engines.tokens import start_ids, text_ids
+from stages.errors import EngineError, RowError
+from stages.rows import Message, instruction, prompt, response
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_OVERFLOW = 700.0
+"""Nats; e to a higher power is no float64."""
 
 REVERSE_PROMPT = (
     "Here is a reply that an assistant gave:\n\n{response}\n\n"
@@ -43,13 +47,14 @@ class ResponseLoss:
 
         Source: Selective Reflection-Tuning (arXiv 2402.10110), Eq. 3; Superfiltering's form.
         """
-        return math.exp(self.given_prompt - self.alone)
+        return math.exp(min(self.given_prompt - self.alone, _OVERFLOW))
 
     @property
     def loss_ratio(self) -> float:
-        r"""The first published form, a ratio of losses: :math:`L(y \mid x) / L(y)`.
+        r"""A ratio of losses: :math:`L(y \mid x) / L(y)`.
 
-        Source: Cherry LLM (arXiv 2308.12032), Eq. 5.
+        Source: Cherry LLM (arXiv 2308.12032), Eq. 5; its published script takes L(y) after the
+        response's header (variant `loss_ratio_prefixed`).
         """
         return self.given_prompt / self.alone
 
@@ -70,7 +75,7 @@ class InstructionLoss:
 
         Source: Selective Reflection-Tuning (arXiv 2402.10110), Eq. 8.
         """
-        return math.exp(self.given_response - self.alone)
+        return math.exp(min(self.given_response - self.alone, _OVERFLOW))
 
 
 async def response_losses(
@@ -78,30 +83,38 @@ async def response_losses(
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Sequence[Message]],
     max_length: int,
+    *,
+    template: Template = "chat",
+    prefixed: bool = False,
 ) -> list[ResponseLoss | RowError]:
-    """L(y|x) and L(y) of every conversation's response, under the model's chat template.
+    """L(y|x) and L(y) of every conversation's response.
 
     Args:
         scorer: the student.
         tokenizer: the student's tokenizer.
         conversations: turns that end with the assistant's; earlier turns are context.
         max_length: tokens; a longer response is cut (the same cut in both passes).
+        template: how turns become a prompt.
+        prefixed: L(y) is taken after the response's header instead of a start token.
 
     Returns:
         One result a conversation, in order: its losses, or why it has none.
+
+    Raises:
+        EngineError: the tokenizer has no token that a text could start with.
     """
-    start = start_ids(tokenizer)
-    requests: list[tuple[ScoreRequest, ScoreRequest, bool] | RowError] = []
+    start = [] if prefixed else _start(tokenizer)
+    requests: list[_Pair | RowError] = []
     for messages in conversations:
         try:
-            tokens = chat_tokens(tokenizer, messages)
-            target, truncated = _fitting(tokens.prompt_ids, tokens.response_ids, max_length)
+            before = prompt_ids(tokenizer, prompt(messages), template)
+            whole = response_ids(tokenizer, messages, template)
+            alone = header_ids(tokenizer, prompt(messages), template) if prefixed else start
+            target, truncated = _fitting(before, whole, max_length)
         except RowError as error:
             requests.append(error)
             continue
-        requests.append(
-            (ScoreRequest(tokens.prompt_ids, target), ScoreRequest(start, target), truncated)
-        )
+        requests.append(_Pair(ScoreRequest(before, target), ScoreRequest(alone, target), truncated))
     return [
         result
         if isinstance(result, RowError)
@@ -115,6 +128,8 @@ async def instruction_losses(
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Sequence[Message]],
     max_length: int,
+    *,
+    template: Template = "chat",
 ) -> list[InstructionLoss | RowError]:
     """L(x|y') and L(x) of every conversation's instruction, the response wrapped as a question.
 
@@ -123,12 +138,16 @@ async def instruction_losses(
         tokenizer: the student's tokenizer.
         conversations: turns that end with the assistant's.
         max_length: tokens; where the wrapped response leaves no room, the row has no score.
+        template: how the question becomes a prompt.
 
     Returns:
         One result a conversation, in order: its losses, or why it has none.
+
+    Raises:
+        EngineError: the tokenizer has no token that a text could start with.
     """
-    start = start_ids(tokenizer)
-    requests: list[tuple[ScoreRequest, ScoreRequest, bool] | RowError] = []
+    start = _start(tokenizer)
+    requests: list[_Pair | RowError] = []
     for messages in conversations:
         asked, answered = instruction(messages), response(messages)
         if asked is None or answered is None:
@@ -136,16 +155,34 @@ async def instruction_losses(
             continue
         question: Message = {"role": "user", "content": REVERSE_PROMPT.format(response=answered)}
         try:
-            context = chat_tokens(tokenizer, [question], open_turn=True).ids
+            context = prompt_ids(tokenizer, [question], template)
             target, _ = _fitting(context, text_ids(tokenizer, asked), max_length)
         except RowError as error:
             requests.append(error)
             continue
-        requests.append((ScoreRequest(context, target), ScoreRequest(start, target), False))
+        requests.append(_Pair(ScoreRequest(context, target), ScoreRequest(start, target), False))
     return [
         result if isinstance(result, RowError) else InstructionLoss(result[0], result[1], result[2])
         for result in await _pair_losses(scorer, requests)
     ]
+
+
+class _Pair(NamedTuple):
+    """The same target after its prompt and without it, and whether it was cut."""
+
+    conditional: ScoreRequest
+    alone: ScoreRequest
+    truncated: bool
+
+
+def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    start = start_ids(tokenizer)
+    if not start:
+        raise EngineError(
+            "the student's tokenizer has neither BOS nor EOS, so a response without its prompt has "
+            "no first token to be scored; use variant loss_ratio_prefixed or mode compat"
+        )
+    return start
 
 
 def _fitting(prompt: Sequence[int], target: list[int], max_length: int) -> tuple[list[int], bool]:
@@ -159,11 +196,11 @@ def _fitting(prompt: Sequence[int], target: list[int], max_length: int) -> tuple
 
 
 async def _pair_losses(
-    scorer: TokenScorer, requests: Sequence[tuple[ScoreRequest, ScoreRequest, bool] | RowError]
+    scorer: TokenScorer, requests: Sequence[_Pair | RowError]
 ) -> list[tuple[float, float, int, bool] | RowError]:
     """Mean losses of both requests of every pair, by one engine call."""
     pairs = [request for request in requests if not isinstance(request, RowError)]
-    flat = [single for conditional, alone, _ in pairs for single in (conditional, alone)]
+    flat = [single for pair in pairs for single in (pair.conditional, pair.alone)]
     scores = await scorer.score(flat)
     losses = scores.mean_losses().tolist()
     counts = scores.counts.tolist()
@@ -175,7 +212,7 @@ async def _pair_losses(
             continue
         conditional, alone = losses[2 * place], losses[2 * place + 1]
         if math.isfinite(conditional) and math.isfinite(alone):
-            results.append((conditional, alone, counts[2 * place], request[2]))
+            results.append((conditional, alone, counts[2 * place], request.truncated))
         else:
             results.append(RowError("undefined: no token could be scored"))
         place += 1

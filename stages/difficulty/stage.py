@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 
 from stages.base import Columns, EngineSpec
-from stages.difficulty.compat import compat_losses
-from stages.difficulty.losses import ResponseLoss, response_losses
+from stages.difficulty.compat import ReferenceLosses, compat_losses
+from stages.difficulty.losses import (
+    InstructionLoss,
+    ResponseLoss,
+    instruction_losses,
+    response_losses,
+)
 from stages.difficulty.settings import DifficultySettings
 from stages.engines.model_files import cached_tokenizer
 from stages.engines.settings import ModelSettings
@@ -21,23 +26,31 @@ from stages.storage import Store
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_ADDS = pa.schema(
+_IFD = pa.schema(
     [
         ("ifd", pa.float32()),
         ("loss_conditional", pa.float32()),
         ("loss_unconditional", pa.float32()),
         ("response_tokens", pa.int32()),
         ("response_truncated", pa.bool_()),
-        status_field("difficulty"),
     ]
 )
+_RIFD = pa.schema(
+    [
+        ("rifd", pa.float32()),
+        ("loss_instruction_conditional", pa.float32()),
+        ("loss_instruction_unconditional", pa.float32()),
+    ]
+)
+_LARGEST = float(np.finfo(np.float32).max)
+_Scored = tuple[ResponseLoss | RowError, InstructionLoss | RowError | None]
 
 
 class DifficultyStage:
     """Scores rows with the student; undefined scores are null with a status."""
 
     name = "difficulty"
-    version = 1
+    version = 2
     on_targets = False
 
     def __init__(self, settings: DifficultySettings, models: Mapping[str, ModelSettings]) -> None:
@@ -46,8 +59,9 @@ class DifficultyStage:
         self._student = models[settings.student]
 
     def columns(self) -> Columns:
-        """Reads the original messages; adds losses and IFD."""
-        return Columns(("id", "messages"), _ADDS)
+        """Reads the original messages; adds losses and IFD, and r-IFD where it is asked for."""
+        fields = [*_IFD, *(_RIFD if self.settings.rifd else ()), status_field("difficulty")]
+        return Columns(("id", "messages"), pa.schema(fields))
 
     def engines(self) -> Mapping[str, EngineSpec]:
         """The student scores."""
@@ -60,20 +74,36 @@ class DifficultyStage:
     async def process(
         self, rows: pa.Table, engines: Mapping[str, Any], artifacts: Mapping[str, Store]
     ) -> pa.Table:
-        """Losses and IFD of every row, in order."""
+        """Losses, IFD and r-IFD of every row, in order."""
         conversations = [messages or [] for messages in messages_of(rows)]
         tokenizer = cached_tokenizer(self._student)
-        if self.settings.mode == "strict":
-            losses = await response_losses(
-                engines["student"], tokenizer, conversations, self._student.max_length
-            )
-        else:
-            losses = await self._compat(engines["student"], tokenizer, conversations)
-        return pa.Table.from_pylist([self._record(loss) for loss in losses], schema=_ADDS)
+        score = self._strict if self.settings.mode == "strict" else self._compat
+        losses = await score(engines["student"], tokenizer, conversations)
+        records = [self._record(loss, reverse) for loss, reverse in losses]
+        return pa.Table.from_pylist(records, schema=self.columns().adds)
+
+    async def _strict(
+        self, scorer: Any, tokenizer: PreTrainedTokenizerBase, conversations: list[list[Message]]
+    ) -> list[_Scored]:
+        template, window = self.settings.template, self._student.max_length
+        responses = await response_losses(
+            scorer,
+            tokenizer,
+            conversations,
+            window,
+            template=template,
+            prefixed=self.settings.variant == "loss_ratio_prefixed",
+        )
+        if not self.settings.rifd:
+            return [(loss, None) for loss in responses]
+        instructions = await instruction_losses(
+            scorer, tokenizer, conversations, window, template=template
+        )
+        return list(zip(responses, instructions, strict=True))
 
     async def _compat(
         self, scorer: Any, tokenizer: PreTrainedTokenizerBase, conversations: list[list[Message]]
-    ) -> list[ResponseLoss | RowError]:
+    ) -> list[_Scored]:
         single = [
             {"instruction": turns[0]["content"], "output": turns[1]["content"]}
             if [turn["role"] for turn in turns] == ["user", "assistant"]
@@ -84,39 +114,57 @@ class DifficultyStage:
         assert template != "chat"
         scored = iter(
             await compat_losses(
-                scorer, tokenizer, [r for r in single if r], template, self._student.max_length
+                scorer,
+                tokenizer,
+                [row for row in single if row],
+                template,
+                self._student.max_length,
+                prefixed=self.settings.variant == "loss_ratio_prefixed",
+                reverse=self.settings.rifd,
             )
         )
-        results: list[ResponseLoss | RowError] = []
-        for row in single:
-            if row is None:
-                results.append(RowError("not_single_turn: compat mode scores one user turn"))
-                continue
-            loss = next(scored)
-            tokens = len(tokenizer(row["output"])["input_ids"])
-            if loss.response_given_instruction is None or loss.response is None:
-                results.append(RowError("undefined: no token could be scored"))
-            else:
-                results.append(
-                    ResponseLoss(loss.response_given_instruction, loss.response, tokens, False)
-                )
-        return results
+        return [
+            (RowError("not_single_turn: compat mode scores one user turn"), None)
+            if row is None
+            else _compared(next(scored), len(tokenizer(row["output"])["input_ids"]))
+            for row in single
+        ]
 
-    def _record(self, loss: ResponseLoss | RowError) -> dict[str, Any]:
+    def _record(
+        self, loss: ResponseLoss | RowError, reverse: InstructionLoss | RowError | None
+    ) -> dict[str, Any]:
         if isinstance(loss, RowError):
             return {"difficulty_status": f"failed: {loss}"}
-        record = {
+        record: dict[str, Any] = {
             "loss_conditional": loss.given_prompt,
             "loss_unconditional": loss.alone,
             "response_tokens": loss.tokens,
             "response_truncated": loss.truncated,
         }
+        if isinstance(reverse, InstructionLoss):
+            record |= {
+                "rifd": reverse.rifd,
+                "loss_instruction_conditional": reverse.given_response,
+                "loss_instruction_unconditional": reverse.alone,
+            }
         if loss.tokens < self.settings.min_response_tokens:
             return record | {
                 "difficulty_status": f"failed: short_response: {loss.tokens} tokens, "
                 f"fewer than {self.settings.min_response_tokens}"
             }
         ifd = loss.ifd if self.settings.variant == "ppl_ratio" else loss.loss_ratio
-        if not math.isfinite(ifd):
+        if not ifd <= _LARGEST:
             return record | {"difficulty_status": "failed: undefined: the ratio isn't finite"}
+        if self.settings.rifd and not isinstance(reverse, InstructionLoss):
+            why = reverse or "undefined: no token of the instruction could be scored"
+            return record | {"ifd": ifd, "difficulty_status": f"no_rifd: {why}"}
         return record | {"ifd": ifd, "difficulty_status": OK}
+
+
+def _compared(loss: ReferenceLosses, tokens: int) -> _Scored:
+    if loss.response_given_instruction is None or loss.response is None:
+        return RowError("undefined: no token could be scored"), None
+    response = ResponseLoss(loss.response_given_instruction, loss.response, tokens, False)
+    if loss.instruction is None or loss.instruction_given_response is None:
+        return response, None
+    return response, InstructionLoss(loss.instruction_given_response, loss.instruction, tokens)

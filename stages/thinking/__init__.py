@@ -1,0 +1,1 @@
+"""Thinking: whether an adaptive-thinking model would think about a row's prompt."""
