@@ -1,0 +1,39 @@
+"""Reasoning: the structure of a response's chain of thought.
+
+How long it is, how much of it looks back (review ratio), and how much of it belongs to attempts
+that it gives up (failed-step fraction), after "What Characterizes Effective Reasoning?" (arXiv
+2509.19284). Steps are split by rule; a judge model says what each one is.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__all__ = [
+    "ReasoningSettings",
+    "ReasoningStage",
+    "chain_of_thought",
+    "failed_step_fraction",
+    "reasoning_characters",
+    "reasoning_steps",
+    "review_ratio",
+    "within_group_zscores",
+]
+
+_HOME = {
+    "ReasoningSettings": "settings",
+    "ReasoningStage": "stage",
+    "chain_of_thought": "trace",
+    "failed_step_fraction": "structure",
+    "reasoning_characters": "structure",
+    "reasoning_steps": "steps",
+    "review_ratio": "structure",
+    "within_group_zscores": "zscores",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
