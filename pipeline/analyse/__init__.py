@@ -1,0 +1,1 @@
+"""`tamis analyse`: tables about finished runs. They decide nothing and change no run."""

@@ -1,0 +1,1 @@
+"""Difficulty groups and costs from pass rates: analyses of rows that several models have tried."""
