@@ -1,0 +1,168 @@
+"""A synthesis recipe, read and checked."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Sequence
+from typing import Any, Self
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from pipeline.config import _model_in, _override, _resolve_paths, _yaml
+from stages.base import Settings
+from stages.engines.settings import ModelSettings
+from stages.errors import ConfigError
+from stages.sources.settings import Source, Target
+from stages.synthesis.settings import (
+    FilterSettings,
+    GeneratorSettings,
+    StudentSettings,
+    TeacherSettings,
+)
+
+
+class Avoid(Settings):
+    """Data that problems mustn't repeat."""
+
+    sources: list[Source] = Field(default_factory=list, description="As in a recipe of a run.")
+    targets: list[Target] = Field(
+        default_factory=list, description="As in a recipe of a run; evaluation sets too."
+    )
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        names = [one.name for one in (*self.sources, *self.targets)]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two sources or targets are called {twice[0]}")
+        return self
+
+
+class SynthesisExecution(Settings):
+    """The part that bears on no byte of the result."""
+
+    run: str = Field(description="Folder of the new source: a path or an fsspec URL.")
+    cache: str = Field(
+        default="~/.cache/tamis/generations", description="Where generations are kept between runs."
+    )
+
+
+class SynthesisConfig(BaseModel):
+    """A whole synthesis recipe."""
+
+    model_config = {"extra": "forbid", "frozen": True}
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    models: dict[str, ModelSettings]
+    generator: GeneratorSettings
+    teacher: TeacherSettings = TeacherSettings()
+    student: StudentSettings | None = None
+    filters: FilterSettings = FilterSettings()
+    avoid: Avoid = Avoid()
+    execution: SynthesisExecution
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Self:
+        for role, part in self._roles.items():
+            if part.model not in self.models:
+                raise ValueError(
+                    f"{role}.model names the model {part.model!r}, which `models` doesn't declare "
+                    f"(declared: {', '.join(sorted(self.models)) or 'none'})"
+                )
+            window = self.models[part.model].max_length
+            if part.max_new_tokens >= window:
+                raise ValueError(
+                    f"{role}.max_new_tokens: {part.max_new_tokens} leaves no room for a prompt in "
+                    f"models.{part.model}.max_length={window}"
+                )
+        if self.student and not self.filters.require_answer:
+            raise ValueError(
+                "the student's answers are compared with the teacher's, so student needs "
+                "filters.require_answer: true"
+            )
+        return self
+
+    @property
+    def _roles(self) -> dict[str, GeneratorSettings | TeacherSettings | StudentSettings]:
+        student = {"student": self.student} if self.student else {}
+        return {"generator": self.generator, "teacher": self.teacher, **student}
+
+    def model_of(self, role: str) -> ModelSettings:
+        """The model in a role: generator, teacher or student."""
+        return self.models[self._roles[role].model]
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles that this recipe fills, in the order in which they work."""
+        return tuple(self._roles)
+
+    @property
+    def portable_recipe(self) -> dict[str, Any]:
+        """The recipe without `execution`, files called by their own names."""
+        recipe = self.model_dump(mode="json", exclude={"execution"})
+        for item in [*recipe["avoid"]["sources"], *recipe["avoid"]["targets"]]:
+            paths = [item["path"]] if isinstance(item["path"], str) else item["path"]
+            item["path"] = [_own_name(path) for path in paths]
+        for model in recipe["models"].values():
+            if os.path.isabs(model["model"]) or model["model"].startswith("."):
+                model["model"] = _own_name(model["model"])
+        return recipe
+
+
+def read_synthesis(path: str, overrides: Sequence[str] = ()) -> SynthesisConfig:
+    """A synthesis recipe as a checked config.
+
+    Relative paths of models and of what to avoid are taken from the recipe file's folder; the
+    output folder and the cache from the working directory.
+
+    Args:
+        path: a YAML file, by path or fsspec URL.
+        overrides: `a.b.c=value` texts; the value is read as YAML.
+
+    Raises:
+        ConfigError: the file is absent or no YAML, or a field is unknown, missing or out of range.
+    """
+    raw = _yaml(path)
+    for text in overrides:
+        _override(raw, text)
+    folder = path.rpartition("/")[0] if "://" in path else os.path.dirname(path)
+    _resolve_paths(raw, folder)
+    if isinstance(raw.get("avoid"), dict):
+        _resolve_paths(raw["avoid"], folder)
+    try:
+        return SynthesisConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(_explained(error, path)) from error
+
+
+def _own_name(path: str) -> str:
+    return path if "://" in path else os.path.basename(path.rstrip("/"))
+
+
+def _explained(error: ValidationError, path: str) -> str:
+    """One line a mistake, unknown keys answered with the nearest known one."""
+    lines = []
+    for mistake in error.errors():
+        place = ".".join(str(part) for part in mistake["loc"]) or "the recipe"
+        if mistake["type"] == "extra_forbidden":
+            known = _fields_at(mistake["loc"][:-1])
+            near = difflib.get_close_matches(str(mistake["loc"][-1]), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            lines.append(f"{place}: unknown key; {hint}")
+        elif mistake["type"] == "missing":
+            lines.append(f"{place}: missing; it has to be given")
+        else:
+            lines.append(f"{place}: {mistake['msg'].removeprefix('Value error, ')}")
+    return f"{path} can't be used: " + "; ".join(lines)
+
+
+def _fields_at(location: Sequence[int | str]) -> list[str]:
+    """Field names of the model at a place of the recipe."""
+    here: type[BaseModel] | None = SynthesisConfig
+    for part in location:
+        field = here.model_fields.get(str(part)) if here else None
+        # A number is a place in a list, a name in `models` a key: the model stays what it is.
+        here = _model_in(field.annotation) if field else here
+    return sorted(here.model_fields) if here else []
