@@ -14,6 +14,8 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
+from pipeline.analyse.cli import analyse
+from pipeline.synthesize.cli import synthesize
 from stages.errors import ConfigError, RunBusy, TamisError
 
 app = typer.Typer(
@@ -22,6 +24,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(analyse, name="analyse")
+app.add_typer(synthesize, name="synthesize")
 
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Sets = Annotated[

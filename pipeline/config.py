@@ -16,6 +16,7 @@ from typing import Any, Literal, Self, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from stages.allocation.settings import AllocationSettings, RolloutsSettings
 from stages.base import Settings
 from stages.dictionary.settings import DictionarySettings
 from stages.difficulty.settings import DifficultySettings
@@ -26,10 +27,13 @@ from stages.errors import ConfigError
 from stages.features.settings import FeaturesSettings
 from stages.ingest.settings import IngestSettings
 from stages.mixture.settings import MixtureSettings
+from stages.pass_rate.settings import PassRateSettings
+from stages.reasoning.settings import ReasoningSettings
 from stages.reflection.settings import ReflectionSettings
 from stages.selection.settings import SelectionSettings
 from stages.sources.settings import Source, Target
 from stages.storage import Store, read_file
+from stages.thinking.settings import ThinkingSettings
 
 
 class Placement(Settings):
@@ -92,6 +96,11 @@ class Recipe(BaseModel):
     )
     ingest: IngestSettings = IngestSettings()
     difficulty: DifficultySettings | None = None
+    thinking: ThinkingSettings | None = None
+    pass_rate: PassRateSettings | None = None
+    allocation: AllocationSettings | None = None
+    rollouts: RolloutsSettings | None = None
+    reasoning: ReasoningSettings | None = None
     reflection: ReflectionSettings | None = None
     dictionary: DictionarySettings | None = None
     features: FeaturesSettings | None = None
@@ -111,6 +120,19 @@ class Recipe(BaseModel):
             raise ValueError("every source is an anchor, so nothing could be emitted")
         if self.features and not self.dictionary:
             raise ValueError("features needs a dictionary section")
+        if self.pass_rate:
+            unknown = sorted(set(self.pass_rate.checks) - {source.name for source in self.sources})
+            if unknown:
+                raise ValueError(
+                    f"pass_rate.checks names the source {unknown[0]!r}; there are "
+                    f"{', '.join(sorted(source.name for source in self.sources))}"
+                )
+        if self.allocation and not self.pass_rate:
+            raise ValueError("allocation needs a pass_rate section: the pilot that it learns from")
+        if bool(self.rollouts) != bool(self.allocation):
+            raise ValueError(
+                "allocation and rollouts go together: one shares the budget, the other spends it"
+            )
         if self.mixture and not self.embedding:
             raise ValueError("mixture needs an embedding section")
         for section in ("dictionary", "features", "mixture"):
@@ -129,6 +151,9 @@ class Recipe(BaseModel):
 
 _MODEL_ROLES = (
     ("difficulty", "student"),
+    ("thinking", "model"),
+    ("pass_rate", "model"),
+    ("reasoning", "judge"),
     ("reflection", "teacher"),
     ("reflection", "student"),
     ("dictionary", "student"),

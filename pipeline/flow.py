@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.config import Config
+from stages.allocation.rollouts import RolloutsStage
+from stages.allocation.stage import AllocationStage
 from stages.base import FitStage, RowStage, SetStage
 from stages.dictionary.stage import DictionaryStage
 from stages.difficulty.stage import DifficultyStage
@@ -14,17 +16,32 @@ from stages.emission.stage import EmissionStage
 from stages.errors import ConfigError
 from stages.features.stage import FeaturesStage
 from stages.mixture.stage import MixtureStage, Supply
+from stages.pass_rate.stage import PassRateStage
+from stages.reasoning.stage import ReasoningStage
 from stages.reflection.stage import ReflectionStage
 from stages.rows import ROWS
 from stages.rules import rule_columns
 from stages.selection.stage import SelectionStage
+from stages.thinking.stage import ThinkingStage
 
-ROW_STAGES = ("difficulty", "reflection", "features", "embedding")
-FIT_STAGES = ("dictionary",)
-SET_STAGES = ("selection", "mixture", "emission")
+ROW_STAGES = (
+    "difficulty",
+    "thinking",
+    "pass_rate",
+    "rollouts",
+    "reasoning",
+    "reflection",
+    "features",
+    "embedding",
+)
 ORDER = (
     "ingest",
     "difficulty",
+    "thinking",
+    "pass_rate",
+    "allocation",
+    "rollouts",
+    "reasoning",
     "reflection",
     "dictionary",
     "features",
@@ -77,6 +94,15 @@ def flow_of(config: Config) -> Flow:
     models = config.models
     if config.difficulty:
         rows["difficulty"] = DifficultyStage(config.difficulty, models)
+    if config.thinking:
+        rows["thinking"] = ThinkingStage(config.thinking, models)
+    if config.pass_rate:
+        rows["pass_rate"] = PassRateStage(config.pass_rate, models, config.seed)
+    if config.pass_rate and config.allocation and config.rollouts:
+        fits["allocation"] = AllocationStage(config.allocation, config.pass_rate)
+        rows["rollouts"] = RolloutsStage(config.rollouts, config.pass_rate, models, config.seed)
+    if config.reasoning:
+        rows["reasoning"] = ReasoningStage(config.reasoning, models, config.seed)
     if config.reflection:
         rows["reflection"] = ReflectionStage(config.reflection, models, config.seed)
     if config.dictionary:

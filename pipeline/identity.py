@@ -24,6 +24,8 @@ _LIBRARIES = {
     "reader": ("torch", "transformers"),
     "embedder": ("torch", "sentence-transformers"),
 }
+_CHECKING = ("math-verify", "latex2sympy2-extended", "sympy")
+"""Libraries that decide whether a rollout's answer is right."""
 _REQUEST = ("where", "limit")
 """Settings that say which rows are asked for, and change no row's value."""
 
@@ -74,6 +76,8 @@ def stage_identities(config: Config, flow: Flow) -> dict[str, dict[str, Any]]:
             }
             identity["upstream"] = upstream
             identity["artifacts"] = fitted
+        if name in ("pass_rate", "rollouts"):
+            identity["checking"] = {library: version(library) for library in _CHECKING}
         if name in ("mixture", "emission"):
             identity["sources"] = {
                 s.name: s.model_dump(mode="json", include={"license", "repeats", "role"})

@@ -27,8 +27,8 @@ from pipeline.rundir import (
     read_manifest,
     start_stage,
 )
-from pipeline.shard import ShardReport, ShardTask, is_committed
-from stages.base import RowStage
+from pipeline.shard import BESIDE, ShardReport, ShardTask, is_committed
+from stages.base import Checked, RowStage
 from stages.errors import ConfigError, StageError
 from stages.ingest import content_of, ingest
 from stages.rows import NOT_REQUESTED, OK, key_hash
@@ -74,6 +74,9 @@ class Run:
             raise ConfigError(
                 f"--restart-from {self.restart_from}: the stages are {', '.join(self.flow.names)}"
             )
+        for stage in self.flow.rows.values():
+            if isinstance(stage, Checked):
+                stage.check()
         self.identities = stage_identities(self.config, self.flow)
 
     def execute(self, only: str | None = None) -> None:
@@ -190,6 +193,8 @@ class Run:
             if earlier == "ingest":
                 split = manifest["report"]["digests"]
                 found |= {"rows": split["rows"], "targets": split["targets"]}
+                if beside := self._beside_digests(name):
+                    found["beside"] = _joined(beside.values())
             else:
                 found[earlier] = manifest["digest"]
         return found
@@ -199,6 +204,11 @@ class Run:
         before = self.flow.names[: self.flow.names.index(name)]
         if name in self.flow.sets:
             return before
+        if name in self.flow.fits:
+            homes = self.flow.home_of(name)
+            needs = {*self.flow.fits[name].columns().needs, "messages_reflected"}
+            read = {homes[column] for column in needs if column in homes}
+            return [stage for stage in before if stage == "ingest" or stage in read]
         upstream = self.identities[name]["upstream"]
         artifacts = self.identities[name]["artifacts"]
         return [
@@ -261,10 +271,13 @@ class Run:
         target_parts = parts(self.store, "ingest/targets") if stage.on_targets else []
         limit_key = self._limit_key(stage, found, homes)
         upstream = self._upstream_digests(name)
+        beside = self._beside_digests(name)
+        fitted = self._fitted_digest(name)
         tasks = [
             replace(
                 self._task(stage, part, homes, mark, targets=targets, limit_key=limit_key),
-                upstream="" if targets else upstream.get(part, ""),
+                upstream="" if targets else upstream.get(part, "") + beside.get(part, ""),
+                fitted=fitted,
             )
             for targets, names in ((False, found), (True, target_parts))
             for part in names
@@ -347,6 +360,27 @@ class Run:
                 digests[entry["path"]] = digests.get(entry["path"], "") + entry["sha256"]
         return digests
 
+    def _beside_digests(self, name: str) -> dict[str, str]:
+        """By shard: the hash of what a row stage reads of ingest that isn't part of a row's id."""
+        if name not in self.flow.rows:
+            return {}
+        read = [column for column in BESIDE if column in self.flow.rows[name].columns().needs]
+        if not read:
+            return {}
+        folder = self.store.child("ingest")
+        return {
+            part: fingerprint(folder.read_table(part, read).to_pydict())
+            for part in parts(self.store, "ingest")
+        }
+
+    def _fitted_digest(self, name: str) -> str:
+        """The content of the artifacts that a row stage reads, "" without one."""
+        digests = [
+            str((read_manifest(self.store, fit) or {})["digest"])
+            for fit in self.identities[name]["artifacts"]
+        ]
+        return ":".join(digests)
+
     def _limit_key(
         self, stage: RowStage, found: Sequence[str], homes: Mapping[str, str]
     ) -> int | None:
@@ -386,7 +420,8 @@ class Run:
                 for source in sources
                 for name in source.names()
                 if name.endswith(".parquet")
-                and source.table_metadata(name).get("fingerprint") == mark
+                and (footer := source.table_metadata(name)).get("fingerprint") == mark
+                and footer.get("fitted", "") == task.fitted
             )
             ready.append(replace(task, reuse=urls))
         return ready

@@ -18,12 +18,15 @@ from pipeline.flow import folder_of
 from pipeline.rundir import ids_digest, read_columns
 from stages.base import RowStage, checked_columns
 from stages.engines.generation_cache import CachedGenerator
-from stages.rows import NOT_REQUESTED, key_hash, row_id
+from stages.rows import NOT_REQUESTED, canonical_json, key_hash, row_id
 from stages.rules import rule_columns, rule_mask
 from stages.storage import Store
 
 KEY = "key"
 """Column of a shard that says what its other columns are a function of."""
+
+BESIDE = ("answer", "source")
+"""What a stage may read of a row that isn't part of its id."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class ShardTask:
     targets: bool = False
     limit_key: int | None = None
     upstream: str = ""
+    fitted: str = ""
     reuse: tuple[str, ...] = ()
     artifacts: Mapping[str, str] = field(default_factory=dict)
     cache: str = ""
@@ -58,6 +62,7 @@ class ShardTask:
             "rows": rows,
             "requested": "" if self.limit_key is None else str(self.limit_key),
             "upstream": self.upstream,
+            "fitted": self.fitted,
         }
 
 
@@ -141,10 +146,19 @@ def _requested(task: ShardTask, rows: pa.Table, where: str | None) -> list[bool]
 
 
 def _keys(rows: pa.Table) -> list[str]:
-    """What a row's columns are a function of: its id, or its effective text where that is read."""
-    if "effective_messages" not in rows.column_names:
-        return [str(row) for row in rows["id"].to_pylist()]
-    return [row_id(messages, None) for messages in rows["effective_messages"].to_pylist()]
+    """What a row's columns are a function of: its id, or its effective text where that is read.
+
+    An answer and a source aren't part of the id; where they are read they are part of the key.
+    """
+    if "effective_messages" in rows.column_names:
+        keys = [row_id(messages, None) for messages in rows["effective_messages"].to_pylist()]
+    else:
+        keys = [str(row) for row in rows["id"].to_pylist()]
+    beside = [name for name in BESIDE if name in rows.column_names]
+    if not beside:
+        return keys
+    values = zip(*(rows[name].to_pylist() for name in beside), strict=True)
+    return [f"{key}:{canonical_json(value)}" for key, value in zip(keys, values, strict=True)]
 
 
 def _known(task: ShardTask, keys: list[str], requested: list[bool]) -> dict[str, pa.Table]:

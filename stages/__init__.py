@@ -2,7 +2,11 @@
 
 sources     files and their forms → records
 ingest      records → rows of one form, rejects with reasons
-difficulty  how hard each row is for the student (IFD)
+difficulty  how hard each row is for the student (IFD, r-IFD)
+thinking    whether an adaptive-thinking model would think about it
+pass_rate   how often a model answers it correctly
+allocation  a budget of further rollouts, shared out where they tell most
+reasoning   length, review ratio and failed steps of a chain of thought
 reflection  a teacher rewrites, the student keeps the better version
 dictionary  a sparse autoencoder of the student's residual stream, and the targets' prototypes
 features    similarity of each row to the targets by what both activate
@@ -10,6 +14,9 @@ embedding   a sentence vector of each row
 selection   keep or drop, with a reason
 mixture     weights of sources by optimal transport, with a certificate
 emission    quotas → shards, card, report, lineage
+
+Outside the flow: groups (difficulty groups and cost-of-pass, for `tamis analyse`) and synthesis (new
+problems and solutions, for `tamis synthesize`).
 
 Beside them: engines (models), base (the contract), rows (the schema), rules, storage, errors.
 Nothing here imports the application (`pipeline`), and importing `stages` loads no model library.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
@@ -119,6 +119,15 @@ class RowStage(Protocol):
         self, rows: pa.Table, engines: Mapping[str, Any], artifacts: Mapping[str, Store]
     ) -> pa.Table:
         """The added columns of the same rows in the same order."""
+        ...
+
+
+@runtime_checkable
+class Checked(Protocol):
+    """A stage that can tell before anything runs that it couldn't."""
+
+    def check(self) -> None:
+        """Raise ConfigError; may read a tokenizer, loads no model."""
         ...
 
 

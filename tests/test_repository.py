@@ -54,6 +54,9 @@ def test_shipped_recipes_are_valid_and_fit_their_flow() -> None:
     from pipeline.flow import flow_of
 
     recipes = sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "tests/recipes").glob("*.yaml")])
-    assert len(recipes) >= 3
+    synthesis = [recipe for recipe in recipes if recipe.stem.startswith("synthesis")]
+    assert len(recipes) - len(synthesis) >= 4
     for recipe in recipes:
-        assert len(flow_of(read_config(str(recipe))).names) == 9
+        if recipe not in synthesis:
+            names = flow_of(read_config(str(recipe))).names
+            assert {"ingest", "difficulty", "selection", "emission"} <= set(names)

@@ -269,7 +269,15 @@ def test_dictionary_stays_when_rows_are_added_unless_refit(recipe: Any, execute:
     assert weights.read_bytes() == before
     recipe.value["dictionary"]["refit"] = True
     execute(restart_from="dictionary")
-    assert weights.read_bytes() != before
+    fitted = weights.read_bytes()
+    assert fitted != before
+    # Another autoencoder: the features of old rows are no longer theirs.
+    recipe.write_rows("pears", 0, 16)
+    done = execute()
+    assert weights.read_bytes() != fitted
+    features = manifest(recipe.run_folder, "features")
+    assert features["rows_computed"] == features["rows"] + 4
+    assert done.asked["scorer"] < 50
 
 
 def test_plan_and_status_tell_what_is_there(recipe: Any, execute: Any) -> None:
