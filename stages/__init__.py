@@ -15,8 +15,8 @@ selection   keep or drop, with a reason
 mixture     weights of sources by optimal transport, with a certificate
 emission    quotas → shards, card, report, lineage
 
-Outside the flow: groups (difficulty groups and cost-of-pass, for `tamis analyse`) and synthesis (new
-problems and solutions, for `tamis synthesize`).
+Outside the flow: groups (difficulty groups and cost-of-pass, for `tamis analyse`) and synthesis
+(new problems and their solutions, for `tamis synthesize`).
 
 Beside them: engines (models), base (the contract), rows (the schema), rules, storage, errors.
 Nothing here imports the application (`pipeline`), and importing `stages` loads no model library.
