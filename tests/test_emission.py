@@ -509,6 +509,25 @@ def test_report_tells_the_numbers_of_the_run(run: Run, url: str) -> None:
     assert f"{rewritten} rewritten rows" in page.text
 
 
+def test_hardest_and_easiest_rows_are_of_all_rows_with_their_fate(run: Run, url: str) -> None:
+    outcome = run.emit(url, budget_rows=60)
+    html = outcome.files["report.html"].decode()
+    section = html[html.index("Hardest and easiest rows") :]
+    lists = re.split("<h3>Easiest", section)[:2]
+    emitted = set(outcome.tables["emitted.parquet"]["id"].to_pylist())
+    own = [row for row in run.rows if row["source"] != "owned"]
+    scores = sorted(np.float32(row["ifd_effective"]) for row in own)
+    for part, expected in zip(lists, (scores[::-1][:20], scores[:20]), strict=True):
+        items = re.findall("<details>.*?</details>", part, re.S)
+        shown = [float(re.search(r'class="score">([\d.]+)', item)[1]) for item in items]
+        assert shown == pytest.approx([round(float(score), 3) for score in expected], abs=1e-3)
+        for item in items:
+            name = re.search(r'class="note">(\w+)', item)[1]
+            row = next(row for row in run.rows if row["id"] == name)
+            fate = "emitted" if name in emitted else "selected" if row["keep"] else "dropped"
+            assert (f">{fate}<" in item) == (fate != "emitted")
+
+
 def test_report_and_card_without_optional_stages(run: Run, url: str) -> None:
     run.present = ("id", "source", "messages", "license")
     run.mixture = None

@@ -2,57 +2,101 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 
 from stages.emission.gather import Gathered
 from stages.emission.sample import IntArray
 from stages.rows import Message, key_hash
 
-DIFFICULTY = ("ifd_effective", "ifd", "pass_rate")
+DIFFICULTY = (
+    "ifd_effective",
+    "ifd",
+    "budgeted_pass_rate",
+    "pass_rate",
+    "p_think",
+    "loss_conditional",
+)
+"""Scores by which rows are ranked, the first that a run has."""
+LOW_IS_HARD = frozenset({"budgeted_pass_rate", "pass_rate"})
 LONGEST = 1_500
 """Characters of a turn that are shown."""
 
 
+SHOWN = 20
+"""Hardest rows, and easiest, that the report shows."""
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """The hardest and the easiest rows by a score: row numbers, hardest (easiest) first."""
+
+    score: str | None
+    hardest: IntArray
+    easiest: IntArray
+
+    @property
+    def numbers(self) -> IntArray:
+        """All of them, distinct and ascending."""
+        return np.union1d(self.hardest, self.easiest).astype(np.int64)
+
+
 @dataclass(frozen=True)
 class Example:
-    """One emitted row: what is trained on, and what it was before where it was rewritten."""
+    """One row: what is trained on, what it was before where it was rewritten, what became of it."""
 
     id: str
     source: str
     score: float | None
     turns: list[tuple[str, str]]
     before: list[tuple[str, str]] | None
+    fate: str = "emitted"
 
 
-def difficulty_column(gathered: Gathered) -> str | None:
+def difficulty_column(scores: Mapping[str, npt.NDArray[Any]]) -> str | None:
     """The first of DIFFICULTY that has values."""
-    found = gathered.scores
-    return next((name for name in DIFFICULTY if name in found and _any(found[name])), None)
+    return next((name for name in DIFFICULTY if name in scores and _any(scores[name])), None)
 
 
-def extremes(
-    gathered: Gathered, emitted: IntArray, count: int
-) -> tuple[list[Example], list[Example]]:
-    """The hardest and the easiest emitted rows (high IFD, or low pass rate, is hard).
+def extremes(values: npt.NDArray[Any], low_is_hard: bool, count: int) -> tuple[IntArray, IntArray]:
+    """Numbers of the hardest rows, hardest first, and of the easiest, easiest first.
 
     Args:
-        gathered: of the run.
-        emitted: distinct row numbers, int64.
+        values: a score of all rows [n], NaN where there is none; ties go by row number.
+        low_is_hard: whether low values are hard.
         count: how many of each; never the same row twice.
     """
-    name = difficulty_column(gathered)
-    if name is None:
-        return [], []
-    scores = gathered.scores[name].astype(np.float64)
-    known = emitted[np.isfinite(scores[emitted])]
-    hard = scores[known] if name != "pass_rate" else -scores[known]
+    known = np.flatnonzero(np.isfinite(values)).astype(np.int64)
+    hard = -values[known] if low_is_hard else values[known]
     ranked = known[np.lexsort((known, -hard))]
-    hardest = ranked[:count]
-    easiest = ranked[len(hardest) :][::-1][:count]
-    return _examples(gathered, hardest, name), _examples(gathered, easiest, name)
+    return ranked[:count], ranked[min(count, len(ranked)) :][::-1][:count]
+
+
+def shown_examples(
+    gathered: Gathered, rows: IntArray, emitted: IntArray, keep: npt.NDArray[np.bool_], score: str
+) -> list[Example]:
+    """The rows as text, each with what became of it.
+
+    Args:
+        gathered: of the run; the rows are among those shown.
+        rows: row numbers, int64.
+        emitted: distinct row numbers, int64.
+        keep: what selection kept, bool [n].
+        score: the column that the rows were ranked by.
+    """
+    if not len(rows):
+        return []
+    examples = _examples(gathered.shown_rows(rows), score)
+    inside = np.isin(rows, emitted)
+    return [
+        replace(one, fate="emitted" if out else "selected" if keep[row] else "dropped")
+        for one, row, out in zip(examples, rows.tolist(), inside.tolist(), strict=True)
+    ]
 
 
 def rewrites(gathered: Gathered, emitted: IntArray, seed: int, count: int) -> list[Example]:
@@ -73,16 +117,14 @@ def rewrites(gathered: Gathered, emitted: IntArray, seed: int, count: int) -> li
         for place, (_, row) in enumerate(sorted(entries)[:count])
     ]
     chosen = np.array([row for _, _, row in sorted(turns)[:count]], dtype=np.int64)
-    return _examples(gathered, chosen, difficulty_column(gathered))
+    return _examples(gathered.rows(chosen), difficulty_column(gathered.scores))
 
 
-def _examples(gathered: Gathered, rows: IntArray, score: str | None) -> list[Example]:
-    if not len(rows):
-        return []
-    table = gathered.rows(rows)
-    values = table[score].to_pylist() if score in table.column_names else [None] * len(rows)
+def _examples(table: pa.Table, score: str | None) -> list[Example]:
+    nothing = [None] * table.num_rows
+    values = table[score].to_pylist() if score in table.column_names else nothing
     originals: list[Any] = (
-        table["original"].to_pylist() if "original" in table.column_names else [None] * len(rows)
+        table["original"].to_pylist() if "original" in table.column_names else nothing
     )
     texts = zip(
         table["id"].to_pylist(),

@@ -20,7 +20,10 @@ from stages.errors import StageError
 from stages.rows import MESSAGES, ROWS, effective_messages, instruction
 
 _HEAVY = re.compile(r"(^|_)(vector|embedding|code|latent|activation|indices|feature)s?($|_)")
-_CHARTED = re.compile(r"^(ifd|ifd_before|ifd_effective|pass_rate|similarity.*)$")
+_CHARTED = re.compile(
+    r"^(r?ifd|ifd_before|ifd_effective|loss_conditional|p_think|pass_rate|budgeted_pass_rate"
+    r"|failed_step_fraction|similarity.*)$"
+)
 _COUNTED = re.compile(r"(_status|outcome)$")
 
 
@@ -31,26 +34,25 @@ class Gathered:
     Attributes:
         chunks: row numbers (ascending) and columns of the emitted rows, shard by shard; the text
             is in `effective`, and in `original` that of a row which was rewritten.
+        shown: the same of rows that the report shows, emitted or not.
         scores: charted columns of all rows, float32 [n], NaN where null.
         rewritten: bool [n].
         counts: outcomes and statuses of all rows, by column and value.
     """
 
     chunks: list[tuple[IntArray, pa.Table]]
+    shown: list[tuple[IntArray, pa.Table]]
     scores: dict[str, npt.NDArray[np.float32]]
     rewritten: npt.NDArray[np.bool_]
     counts: dict[str, Counter[str]] = field(default_factory=dict)
 
     def rows(self, wanted: IntArray) -> pa.Table:
         """The columns of emitted rows, by row number, in the order asked for."""
-        distinct = np.unique(wanted)
-        parts = []
-        for numbers, table in self.chunks:
-            inside = np.isin(numbers, distinct, assume_unique=True)
-            if inside.any():
-                parts.append(table.filter(pa.array(inside)))
-        merged = pa.concat_tables(parts).combine_chunks()
-        return merged.take(pa.array(np.searchsorted(distinct, wanted)))
+        return _taken(self.chunks, wanted)
+
+    def shown_rows(self, wanted: IntArray) -> pa.Table:
+        """The columns of shown rows, by row number, in the order asked for."""
+        return _taken(self.shown, wanted)
 
 
 def provenance_columns(present: Sequence[str]) -> tuple[str, ...]:
@@ -65,7 +67,11 @@ def read_scores(columns: ShardedColumns, name: str) -> FloatArray:
 
 
 def gather(
-    columns: ShardedColumns, names: Sequence[str], decisions: Decisions, wanted: IntArray
+    columns: ShardedColumns,
+    names: Sequence[str],
+    decisions: Decisions,
+    wanted: IntArray,
+    shown: IntArray,
 ) -> Gathered:
     """Stream the columns and keep the wanted rows.
 
@@ -74,12 +80,13 @@ def gather(
         names: columns to read; `id` and `messages` among them.
         decisions: of the run, in the same order.
         wanted: numbers of the rows to keep, distinct and ascending, int64.
+        shown: numbers of the rows that the report shows, likewise.
 
     Raises:
         StageError: the rows aren't those that selection decided on.
     """
     total = len(decisions.keep)
-    found = Gathered([], {}, np.zeros(total, dtype=bool))
+    found = Gathered([], [], {}, np.zeros(total, dtype=bool))
     start = 0
     for table in columns.iter(names):
         stop = start + table.num_rows
@@ -91,10 +98,11 @@ def gather(
                 stage="emission",
             )
         _count(found, table, slice(start, stop))
-        first, last = np.searchsorted(wanted, (start, stop))
-        if last > first:
-            local = pa.array(wanted[first:last] - start)
-            found.chunks.append((wanted[first:last], _compact(table.take(local))))
+        for numbers, chunks in ((wanted, found.chunks), (shown, found.shown)):
+            first, last = np.searchsorted(numbers, (start, stop))
+            if last > first:
+                local = pa.array(numbers[first:last] - start)
+                chunks.append((numbers[first:last], _compact(table.take(local))))
         start = stop
     if start != total:
         raise StageError(
@@ -103,6 +111,17 @@ def gather(
             stage="emission",
         )
     return found
+
+
+def _taken(chunks: Sequence[tuple[IntArray, pa.Table]], wanted: IntArray) -> pa.Table:
+    distinct = np.unique(wanted)
+    parts = []
+    for numbers, table in chunks:
+        inside = np.isin(numbers, distinct, assume_unique=True)
+        if inside.any():
+            parts.append(table.filter(pa.array(inside)))
+    merged = pa.concat_tables(parts).combine_chunks()
+    return merged.take(pa.array(np.searchsorted(distinct, wanted)))
 
 
 def _count(found: Gathered, table: pa.Table, here: slice) -> None:

@@ -15,17 +15,37 @@ from markupsafe import Markup
 from stages.emission import plots
 from stages.emission.certificate import certificate_sentences
 from stages.emission.decisions import Decisions
-from stages.emission.examples import difficulty_column, extremes, rewrites
+from stages.emission.examples import LOW_IS_HARD, Ranked, rewrites, shown_examples
 from stages.emission.facts import Facts
 from stages.emission.gather import Gathered
 from stages.emission.sample import IntArray
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
-_TITLES = {
-    "ifd": "Instruction-following difficulty (IFD)",
-    "ifd_effective": "Instruction-following difficulty (IFD) of the emitted text",
-    "pass_rate": "Pass rate",
+_IFD = "Near 1, the instruction helps the student little in predicting the response; low is easy."
+_SOLVED = "The share of the model's own answers that verify; low values are hard."
+_DIFFICULTY = {
+    "ifd_effective": ("Instruction-following difficulty (IFD) of the text that stands", _IFD),
+    "ifd": ("Instruction-following difficulty (IFD)", _IFD),
+    "loss_conditional": (
+        "Loss of the response",
+        "Nats per token after the prompt; high values are hard, or unusual.",
+    ),
+    "rifd": (
+        "Reversed IFD",
+        "Near 1, the response tells the student little about its instruction.",
+    ),
+    "p_think": (
+        "Probability of thinking",
+        "How likely the adaptive-thinking model is to think first; high values are hard.",
+    ),
+    "pass_rate": ("Pass rate", _SOLVED),
+    "budgeted_pass_rate": ("Pass rate over pilot and further rollouts", _SOLVED),
+    "failed_step_fraction": (
+        "Failed steps",
+        "The share of reasoning steps in attempts that were given up.",
+    ),
 }
+"""Scores that have a histogram a source: title, and how to read it."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +70,12 @@ class Bar:
 
 
 def report_html(
-    facts: Facts, gathered: Gathered, decisions: Decisions, order: IntArray, seed: int
+    facts: Facts,
+    gathered: Gathered,
+    decisions: Decisions,
+    order: IntArray,
+    seed: int,
+    ranked: Ranked,
 ) -> bytes:
     """The page. Its times are the manifests', so they differ between runs of one recipe.
 
@@ -60,6 +85,7 @@ def report_html(
         decisions: of selection.
         order: emitted row numbers, copies included.
         seed: for the choice of rewrites shown.
+        ranked: the hardest and easiest rows.
     """
     emitted = np.unique(order)
     environment = Environment(
@@ -67,8 +93,12 @@ def report_html(
     )
     environment.filters["n"] = _number
     environment.filters["duration"] = _duration
-    hard = difficulty_column(gathered)
-    hardest, easiest = extremes(gathered, emitted, 10)
+    hardest, easiest = (
+        shown_examples(gathered, rows, emitted, decisions.keep, ranked.score)
+        if ranked.score
+        else []
+        for rows in (ranked.hardest, ranked.easiest)
+    )
     similar = [name for name in sorted(gathered.scores) if name.startswith("similarity")]
     page = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         facts=facts,
@@ -77,8 +107,13 @@ def report_html(
         anchors=[source for source in facts.sources if source.role == "anchor"],
         mixture_bars=_mixture_bars(facts),
         certificate=certificate_sentences(facts.mixture) if facts.mixture else [],
-        difficulty=_charts(gathered, decisions, emitted, facts, hard) if hard else [],
-        difficulty_title=_TITLES.get(hard or "", ""),
+        difficulty=[
+            (title, words, charts)
+            for name, (title, words) in _DIFFICULTY.items()
+            if name in gathered.scores
+            and not (name == "ifd" and "ifd_effective" in gathered.scores)
+            and (charts := _charts(gathered, decisions, emitted, facts, name))
+        ],
         similarity=[
             (name, charts)
             for name in similar
@@ -89,7 +124,8 @@ def report_html(
         samples=rewrites(gathered, emitted, seed, 6),
         hardest=hardest,
         easiest=easiest,
-        score=hard,
+        score=ranked.score,
+        low_is_hard=ranked.score in LOW_IS_HARD,
         reasons=[
             (title, _bars(counts))
             for title, counts in (

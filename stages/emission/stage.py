@@ -11,6 +11,7 @@ import pyarrow as pa
 from stages.base import Columns, Outcome, ShardedColumns
 from stages.emission.card import card_markdown
 from stages.emission.decisions import Decisions, emitted_table, read_decisions
+from stages.emission.examples import DIFFICULTY, LOW_IS_HARD, SHOWN, Ranked, extremes
 from stages.emission.facts import Facts, licenses, source_facts, task_counts
 from stages.emission.gather import gather, provenance_columns, read_scores
 from stages.emission.lineage import lineage_json
@@ -119,7 +120,10 @@ class EmissionStage:
                 MixtureSettings.model_validate(self.recipe["mixture"]),
                 self.seed,
             )
-        gathered = gather(columns, self.columns().needs, decisions, np.unique(order))
+        ranked = self._ranked(columns, decisions)
+        gathered = gather(
+            columns, self.columns().needs, decisions, np.unique(order), ranked.numbers
+        )
         schema = plan_schema(gathered, settings, provenance_columns(self.present))
         shards, files = write_shards(
             gathered, order, schema, settings.shard_bytes, self._metadata(records)
@@ -148,7 +152,7 @@ class EmissionStage:
             columns=schema.arrow.names,
         )
         files["README.md"] = card_markdown(facts, self.version)
-        files["report.html"] = report_html(facts, gathered, decisions, order, self.seed)
+        files["report.html"] = report_html(facts, gathered, decisions, order, self.seed, ranked)
         files["lineage.json"] = lineage_json(facts, self.version)
         emitted = emitted_table(decisions, order, [(shard.name, shard.rows) for shard in shards])
         return Outcome(tables={"emitted.parquet": emitted}, report=_report(facts), files=files)
@@ -206,6 +210,20 @@ class EmissionStage:
                 stage=self.name,
             )
         return shuffled(picked, decisions.ids_of(picked), self.seed)
+
+    def _ranked(self, columns: ShardedColumns, decisions: Decisions) -> Ranked:
+        """The hardest and easiest rows of the run, those of anchors left out."""
+        own = np.zeros(len(decisions.keep), dtype=bool)
+        for name in decisions.names:
+            if name not in self._anchors:
+                own |= decisions.of(name)
+        for name in DIFFICULTY:
+            if name in self.present:
+                values = np.where(own, read_scores(columns, name), np.nan)
+                if np.isfinite(values).any():
+                    hardest, easiest = extremes(values, name in LOW_IS_HARD, SHOWN)
+                    return Ranked(name, hardest, easiest)
+        return Ranked(None, np.zeros(0, np.int64), np.zeros(0, np.int64))
 
     def _metadata(self, records: list[StageRecord]) -> dict[str, str]:
         prints = {f"tamis.{record.name}": record.fingerprint or "" for record in records}
