@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from stages.engines.attention import use_cpu_attention
 from stages.errors import ConfigError, EngineError
 
 if TYPE_CHECKING:
@@ -144,7 +145,9 @@ def load_causal_lm(settings: ModelSettings) -> PreTrainedModel:
         raise EngineError(f"model {settings.model}: cannot load it: {error}") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     module: torch.nn.Module = model
-    return cast("PreTrainedModel", module.to(device).eval())
+    ready = cast("PreTrainedModel", module.to(device).eval())
+    use_cpu_attention(ready)
+    return ready
 
 
 def decoder_of(model: PreTrainedModel) -> Any:

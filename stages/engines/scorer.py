@@ -160,32 +160,26 @@ class TransformersScorer:
         return states
 
     def _hidden(
-        self, sequences: Sequence[TokenIds], skip: int = 0, prefix: DynamicCache | None = None
+        self, sequences: Sequence[TokenIds], prefix: DynamicCache | None = None
     ) -> torch.Tensor:
         """Final states [sequences, longest, d] of sequences padded on the right.
 
         Args:
             sequences: ids after the prefix.
-            skip: tokens of the prefix.
-            prefix: its keys and values.
+            prefix: keys and values of the prefix.
         """
         import torch
 
         rows, width = len(sequences), max(len(sequence) for sequence in sequences)
         ids = torch.zeros(rows, width, dtype=torch.long)
-        mask = torch.ones(rows, skip + width, dtype=torch.long)
         for row, sequence in enumerate(sequences):
             ids[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.long)
-            mask[row, skip + len(sequence) :] = 0
         if prefix is not None:
             prefix = copy.deepcopy(prefix)
             prefix.batch_repeat_interleave(rows)
-        device = self._model.device
+        # No mask: what comes after a token, padding included, has no part in its state.
         states: torch.Tensor = decoder_of(self._model)(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            past_key_values=prefix,
-            use_cache=False,
+            input_ids=ids.to(self._model.device), past_key_values=prefix, use_cache=False
         ).last_hidden_state
         return states
 
@@ -203,7 +197,7 @@ class TransformersScorer:
             rows += [row] * (len(sequence) - first)
             positions += range(first - 1, len(sequence) - 1)
             targets += sequence[first:]
-        hidden = self._hidden(sequences, skip, prefix)
+        hidden = self._hidden(sequences, prefix)
         log_probs = self._target_log_probs(hidden[rows, positions], torch.tensor(targets))
         sums = torch.zeros(len(requests), dtype=torch.float64)
         sums.index_add_(0, torch.tensor(rows, dtype=torch.long), log_probs)
