@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -175,7 +176,7 @@ def test_a_killed_engine_is_an_error_not_a_hang(student_tokenizer: Any) -> None:
     (child,) = descendants() - before
     threading.Timer(1.0, child.kill).start()
     start = time.monotonic()
-    with pytest.raises(EngineError, match=r"while generating \(exit code -9, SIGKILL\)"):
+    with pytest.raises(EngineError, match=r"while computing \(exit code -9, SIGKILL\)"):
         engine.generate(requests(student_tokenizer), Sampling(max_new_tokens=200))
     assert time.monotonic() < start + 20
     assert descendants() == before
@@ -189,23 +190,23 @@ def test_a_killed_engine_is_an_error_not_a_hang(student_tokenizer: Any) -> None:
 def test_the_engine_dies_with_its_owner() -> None:
     code = (
         "from stages.engines.settings import ModelSettings\n"
-        "from stages.engines.vllm_generator import VllmGenerator\n"
+        "from stages.engines.vllm_process import EngineProcess\n"
         "if __name__ == '__main__':\n"
-        f"    VllmGenerator(ModelSettings(model={STUDENT!r}, engine='vllm', max_length=256))\n"
+        f"    settings = ModelSettings(model={STUDENT!r}, engine='vllm', max_length=256)\n"
+        "    print(EngineProcess(settings, {})._process.pid, flush=True)\n"
+        "    input()\n"
     )
-    owner = psutil.Popen([sys.executable, "-c", code], cwd=ROOT)
+    owner = psutil.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     try:
-        deadline = time.monotonic() + 60
-        while not (led := [p for p in owner.children() if os.getsid(p.pid) == p.pid]):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        child = psutil.Process(int(owner.stdout.readline()))
     finally:
         owner.kill()
         owner.wait()
-    deadline = time.monotonic() + 5
-    while living(led[0].pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert living(led[0].pid) == []
+    _, alive = psutil.wait_procs([child], timeout=30)
+    assert alive == []
+    assert living(child.pid) == []
 
 
 @with_vllm
