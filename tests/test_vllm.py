@@ -193,7 +193,8 @@ def test_the_engine_dies_with_its_owner() -> None:
         "from stages.engines.vllm_process import EngineProcess\n"
         "if __name__ == '__main__':\n"
         f"    settings = ModelSettings(model={STUDENT!r}, engine='vllm', max_length=256)\n"
-        "    print(EngineProcess(settings, {})._process.pid, flush=True)\n"
+        "    engine = EngineProcess(settings, {})\n"
+        "    print(engine._process.pid, flush=True)\n"
         "    input()\n"
     )
     owner = psutil.Popen(
