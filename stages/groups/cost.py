@@ -41,7 +41,7 @@ def attempt_price(
 
     .. math:: C_i = \bigl(C^{in}_i\, p^{in} + C^{out}_i\, p^{out}\bigr) / 10^6
 
-    Source: arXiv 2504.13359, section 2 (cost of inference at a price a token).
+    Source: Cost-of-Pass (arXiv 2504.13359).
 
     Args:
         input_tokens: of one attempt, float64 [rows].
@@ -63,7 +63,7 @@ def success_rate(correct: IntArray, rollouts: IntArray) -> FloatArray:
     It isn't the pass rate, which leaves truncated rollouts out of the denominator: dividing the
     cost of all attempts by that rate would make a model that is often cut off look cheap.
 
-    Source: arXiv 2504.13359, section 2.
+    Source: Cost-of-Pass (arXiv 2504.13359).
 
     Args:
         correct: c, int64 [rows].
@@ -81,7 +81,7 @@ def cost_of_pass(attempt_cost: FloatArray, success: FloatArray) -> FloatArray:
 
     .. math:: v_i = C_i / r_i
 
-    Source: arXiv 2504.13359, section 2: attempts until the first success are geometric.
+    Source: Cost-of-Pass (arXiv 2504.13359): attempts until the first success are geometric.
 
     Args:
         attempt_cost: C, float64 [rows], in tokens or money.
