@@ -79,7 +79,14 @@ def test_ctrl_c_exits_130_and_the_next_run_goes_on(tmp_path: Path) -> None:
         "--set", f"execution.run={run}", "--set", f"execution.cache={tmp_path}/cache",
         "--set", "execution.shards_in_flight=1",
     ]  # fmt: skip
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts background jobs with SIGINT ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("difficulty: 1/3"):
