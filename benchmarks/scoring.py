@@ -21,6 +21,7 @@ import asyncio
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -192,6 +193,21 @@ def joined_losses(engine: Any, tokenizer: Any, rows: list[Any]) -> tuple[float, 
     return time.perf_counter() - start, losses[:, 0] / losses[:, 1]
 
 
+def peak_memory(counts: tuple[int, ...] = (1_000, 10_000), length: int = 12) -> dict[str, float]:
+    """Peak resident memory, MB, after scoring that many rows in one call, in bfloat16.
+
+    Rows are short, since what could grow with their number isn't their length.
+    """
+    engine = make_engine("scorer", ModelSettings(model=STUDENT, dtype="bfloat16"))
+    draws = np.random.default_rng(0)
+    peaks = {}
+    for count in counts:
+        ids = draws.integers(100, 40_000, (count, length)).tolist()
+        engine.score([ScoreRequest(row[: length // 2], row[length // 2 :]) for row in ids])
+        peaks[str(count)] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    return peaks
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=200)
@@ -199,7 +215,11 @@ def main() -> None:
     parser.add_argument("--data-juicer", metavar="PYTHON")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--memory", action="store_true", help="peak memory at two row counts only")
     chosen = parser.parse_args()
+    if chosen.memory:
+        print("peak resident memory, MB, by rows scored:", peak_memory())
+        return
     rows = rows_of(chosen.rows)
     settings = ModelSettings(model=STUDENT, max_length=WINDOW)
     tokenizer = load_tokenizer(settings)
