@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from stages.emission.gather import Gathered
-from stages.emission.sample import IntArray
+from stages.emission.sample import FloatArray, IntArray
 from stages.rows import Message, key_hash
 
 DIFFICULTY = (
@@ -34,9 +34,17 @@ SHOWN = 20
 
 @dataclass(frozen=True)
 class Ranked:
-    """The hardest and the easiest rows by a score: row numbers, hardest (easiest) first."""
+    """The hardest and the easiest rows: row numbers, hardest (easiest) first.
+
+    Attributes:
+        score: the column that they were ranked by, None where there is none.
+        values: what they were ranked by, float64 [n], NaN where a row has none.
+        hardest: int64.
+        easiest: int64.
+    """
 
     score: str | None
+    values: FloatArray
     hardest: IntArray
     easiest: IntArray
 
@@ -78,7 +86,11 @@ def extremes(values: npt.NDArray[Any], low_is_hard: bool, count: int) -> tuple[I
 
 
 def shown_examples(
-    gathered: Gathered, rows: IntArray, emitted: IntArray, keep: npt.NDArray[np.bool_], score: str
+    gathered: Gathered,
+    rows: IntArray,
+    emitted: IntArray,
+    keep: npt.NDArray[np.bool_],
+    values: FloatArray,
 ) -> list[Example]:
     """The rows as text, each with what became of it.
 
@@ -87,14 +99,18 @@ def shown_examples(
         rows: row numbers, int64.
         emitted: distinct row numbers, int64.
         keep: what selection kept, bool [n].
-        score: the column that the rows were ranked by.
+        values: what the rows were ranked by, float64 [n].
     """
     if not len(rows):
         return []
-    examples = _examples(gathered.shown_rows(rows), score)
+    examples = _examples(gathered.shown_rows(rows), None)
     inside = np.isin(rows, emitted)
     return [
-        replace(one, fate="emitted" if out else "selected" if keep[row] else "dropped")
+        replace(
+            one,
+            score=float(values[row]),
+            fate="emitted" if out else "selected" if keep[row] else "dropped",
+        )
         for one, row, out in zip(examples, rows.tolist(), inside.tolist(), strict=True)
     ]
 
@@ -122,7 +138,7 @@ def rewrites(gathered: Gathered, emitted: IntArray, seed: int, count: int) -> li
 
 def _examples(table: pa.Table, score: str | None) -> list[Example]:
     nothing = [None] * table.num_rows
-    values = table[score].to_pylist() if score in table.column_names else nothing
+    values = table[score].to_pylist() if score and score in table.column_names else nothing
     originals: list[Any] = (
         table["original"].to_pylist() if "original" in table.column_names else nothing
     )

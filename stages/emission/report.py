@@ -24,8 +24,8 @@ _TEMPLATE = Path(__file__).with_name("report.html.j2")
 _IFD = "Near 1, the instruction helps the student little in predicting the response; low is easy."
 _SOLVED = "The share of the model's own answers that verify; low values are hard."
 _DIFFICULTY = {
-    "ifd_effective": ("Instruction-following difficulty (IFD) of the text that stands", _IFD),
     "ifd": ("Instruction-following difficulty (IFD)", _IFD),
+    "ifd_effective": ("IFD of the text that stands, where rewriting was asked for", _IFD),
     "loss_conditional": (
         "Loss of the response",
         "Nats per token after the prompt; high values are hard, or unusual.",
@@ -94,9 +94,7 @@ def report_html(
     environment.filters["n"] = _number
     environment.filters["duration"] = _duration
     hardest, easiest = (
-        shown_examples(gathered, rows, emitted, decisions.keep, ranked.score)
-        if ranked.score
-        else []
+        shown_examples(gathered, rows, emitted, decisions.keep, ranked.values)
         for rows in (ranked.hardest, ranked.easiest)
     )
     similar = [name for name in sorted(gathered.scores) if name.startswith("similarity")]
@@ -111,7 +109,6 @@ def report_html(
             (title, words, charts)
             for name, (title, words) in _DIFFICULTY.items()
             if name in gathered.scores
-            and not (name == "ifd" and "ifd_effective" in gathered.scores)
             and (charts := _charts(gathered, decisions, emitted, facts, name))
         ],
         similarity=[

@@ -219,11 +219,16 @@ class EmissionStage:
                 own |= decisions.of(name)
         for name in DIFFICULTY:
             if name in self.present:
-                values = np.where(own, read_scores(columns, name), np.nan)
+                scores = read_scores(columns, name)
+                if name == "ifd_effective" and "ifd" in self.present:
+                    # Rows that reflection wasn't asked for stand as they came.
+                    scores = np.where(np.isnan(scores), read_scores(columns, "ifd"), scores)
+                values = np.where(own, scores, np.nan)
                 if np.isfinite(values).any():
                     hardest, easiest = extremes(values, name in LOW_IS_HARD, SHOWN)
-                    return Ranked(name, hardest, easiest)
-        return Ranked(None, np.zeros(0, np.int64), np.zeros(0, np.int64))
+                    return Ranked(name, values, hardest, easiest)
+        nothing = np.zeros(0, np.int64)
+        return Ranked(None, nothing.astype(np.float64), nothing, nothing)
 
     def _metadata(self, records: list[StageRecord]) -> dict[str, str]:
         prints = {f"tamis.{record.name}": record.fingerprint or "" for record in records}
