@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Sequence
 from typing import Any, Self
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from pipeline.config import _model_in, _override, _resolve_paths, _yaml
+from pipeline.recipe_file import explained, raw_values, resolve_paths
 from stages.base import Settings
 from stages.engines.settings import ModelSettings
 from stages.errors import ConfigError
@@ -124,45 +123,15 @@ def read_synthesis(path: str, overrides: Sequence[str] = ()) -> SynthesisConfig:
     Raises:
         ConfigError: the file is absent or no YAML, or a field is unknown, missing or out of range.
     """
-    raw = _yaml(path)
-    for text in overrides:
-        _override(raw, text)
-    folder = path.rpartition("/")[0] if "://" in path else os.path.dirname(path)
-    _resolve_paths(raw, folder)
+    raw = raw_values(path, overrides)
+    resolve_paths(raw, path)
     if isinstance(raw.get("avoid"), dict):
-        _resolve_paths(raw["avoid"], folder)
+        resolve_paths(raw["avoid"], path)
     try:
         return SynthesisConfig.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(_explained(error, path)) from error
+        raise ConfigError(explained(error, path, SynthesisConfig)) from error
 
 
 def _own_name(path: str) -> str:
     return path if "://" in path else os.path.basename(path.rstrip("/"))
-
-
-def _explained(error: ValidationError, path: str) -> str:
-    """One line a mistake, unknown keys answered with the nearest known one."""
-    lines = []
-    for mistake in error.errors():
-        place = ".".join(str(part) for part in mistake["loc"]) or "the recipe"
-        if mistake["type"] == "extra_forbidden":
-            known = _fields_at(mistake["loc"][:-1])
-            near = difflib.get_close_matches(str(mistake["loc"][-1]), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-            lines.append(f"{place}: unknown key; {hint}")
-        elif mistake["type"] == "missing":
-            lines.append(f"{place}: missing; it has to be given")
-        else:
-            lines.append(f"{place}: {mistake['msg'].removeprefix('Value error, ')}")
-    return f"{path} can't be used: " + "; ".join(lines)
-
-
-def _fields_at(location: Sequence[int | str]) -> list[str]:
-    """Field names of the model at a place of the recipe."""
-    here: type[BaseModel] | None = SynthesisConfig
-    for part in location:
-        field = here.model_fields.get(str(part)) if here else None
-        # A number is a place in a list, a name in `models` a key: the model stays what it is.
-        here = _model_in(field.annotation) if field else here
-    return sorted(here.model_fields) if here else []

@@ -1,0 +1,147 @@
+"""Recipe files: YAML, overrides, paths, and what is wrong with them in words."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from stages.errors import ConfigError
+from stages.storage import read_file
+
+
+def raw_values(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The mapping that a YAML file holds, with overrides.
+
+    Args:
+        path: by path or fsspec URL.
+        overrides: `a.b.c=value` texts; the value is read as YAML.
+
+    Raises:
+        ConfigError: the file is absent, can't be read, or holds no mapping.
+    """
+    try:
+        raw = yaml.safe_load(read_file(path))
+    except FileNotFoundError as error:
+        raise ConfigError(f"no recipe at {path}; check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no valid YAML: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds no recipe (a mapping of sections)")
+    for text in overrides:
+        _override(raw, text)
+    return raw
+
+
+def _override(raw: dict[str, Any], text: str) -> None:
+    place, equals, value = text.partition("=")
+    if not equals or not place:
+        raise ConfigError(f"--set {text!r} isn't of the form a.b.c=value")
+    *path, last = place.split(".")
+    here: Any = raw
+    for key in path:
+        if isinstance(here, list) and key.isdigit() and int(key) < len(here):
+            here = here[int(key)]
+        elif isinstance(here, dict):
+            if here.get(key) is None:
+                here[key] = {}
+            here = here[key]
+        else:
+            raise ConfigError(f"--set {place}: there is no {key!r} to set a field of")
+    parsed = yaml.safe_load(value)
+    if isinstance(here, list) and last.isdigit() and int(last) < len(here):
+        here[int(last)] = parsed
+    elif isinstance(here, dict):
+        here[last] = parsed
+    else:
+        raise ConfigError(f"--set {place}: there is no {last!r} to set")
+
+
+def resolve_paths(raw: dict[str, Any], path: str) -> None:
+    """Put environment variables, and the recipe file's folder, into the fields that are paths."""
+    folder = path.rpartition("/")[0] if "://" in path else os.path.dirname(path)
+    for section in ("sources", "targets"):
+        for item in raw.get(section) or []:
+            if isinstance(item, dict) and isinstance(item.get("path"), str):
+                item["path"] = _located(_expanded(item["path"]), folder)
+            elif isinstance(item, dict) and isinstance(item.get("path"), list):
+                item["path"] = [_located(_expanded(str(one)), folder) for one in item["path"]]
+    models = raw.get("models")
+    for model in models.values() if isinstance(models, dict) else ():
+        if isinstance(model, dict) and isinstance(model.get("model"), str):
+            reference = _expanded(model["model"])
+            local = reference.startswith((".", "~")) or reference.endswith(".gguf")
+            model["model"] = _located(reference, folder) if local else reference
+    execution = raw.get("execution")
+    for key in ("run", "cache"):
+        if isinstance(execution, dict) and isinstance(execution.get(key), str):
+            execution[key] = os.path.expanduser(_expanded(execution[key]))
+
+
+def _expanded(text: str) -> str:
+    def value(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if name not in os.environ:
+            raise ConfigError(f"{text}: the environment variable {name} isn't set")
+        return os.environ[name]
+
+    return re.sub(r"\$\{(\w+)\}", value, text)
+
+
+def _located(path: str, folder: str) -> str:
+    if "://" in path or os.path.isabs(path) or not folder:
+        return path
+    path = os.path.expanduser(path)
+    return path if os.path.isabs(path) else os.path.normpath(os.path.join(folder, path))
+
+
+def explained(error: ValidationError, path: str, root: type[BaseModel]) -> str:
+    """What is wrong with a recipe, in words; unknown keys answered with the nearest known one.
+
+    Args:
+        error: of the validation.
+        path: the recipe file.
+        root: what it was validated as.
+    """
+    lines = []
+    for mistake in error.errors():
+        place = ".".join(str(part) for part in mistake["loc"]) or "the recipe"
+        if mistake["type"] == "extra_forbidden":
+            known = _fields_at(root, mistake["loc"][:-1])
+            near = difflib.get_close_matches(str(mistake["loc"][-1]), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            lines.append(f"{place}: unknown key; {hint}")
+        elif mistake["type"] == "missing":
+            lines.append(f"{place}: missing; it has to be given")
+        else:
+            given = mistake["input"]
+            shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
+            lines.append(f"{place}: {mistake['msg'].removeprefix('Value error, ')}{shown}")
+    return f"{path} can't be used: " + "; ".join(lines)
+
+
+def _fields_at(root: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+    """Field names of the model at a place of the recipe."""
+    here: type[BaseModel] | None = root
+    for part in location:
+        field = here.model_fields.get(str(part)) if here else None
+        # A number is a place in a list, a name in `models` a key: the model stays what it is.
+        here = _model_in(field.annotation) if field else here
+    return sorted(here.model_fields) if here else []
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for part in get_args(annotation):
+        found = _model_in(part)
+        if found:
+            return found
+    return None
