@@ -33,6 +33,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
+from transformers import AutoModelForCausalLM
 
 from stages.difficulty.losses import (
     REVERSE_PROMPT,
@@ -227,7 +228,8 @@ def main() -> None:
         name: make_engine("scorer", settings.model_copy(update={"dtype": name}))
         for name in ("float32", "bfloat16")
     }
-    plain = engines["float32"]._model
+    # The library's own model, without what this project changes about it.
+    plain = AutoModelForCausalLM.from_pretrained(model_folder(STUDENT), dtype=torch.float32).eval()
     handles = {name: LocalHandle(engine) for name, engine in engines.items()}
     warm = rows[:2]
     reference = plain_losses(plain, tokenizer, warm)
