@@ -136,7 +136,8 @@ def _count(found: Gathered, table: pa.Table, here: slice) -> None:
             counted = found.counts.setdefault(name, Counter())
             for pair in table[name].cast(pa.string()).value_counts().to_pylist():
                 if pair["values"] is not None:
-                    counted[pair["values"]] += pair["counts"]
+                    # What comes after the code belongs to one row alone.
+                    counted[": ".join(pair["values"].split(": ")[:2])] += pair["counts"]
     if "messages_reflected" in table.column_names:
         found.rewritten[here] = pc.is_valid(table["messages_reflected"]).to_numpy()
 
