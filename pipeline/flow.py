@@ -74,6 +74,15 @@ class Flow:
         there = {"ingest", *self.rows, *self.fits, *self.sets}
         return [name for name in ORDER if name in there]
 
+    def read_by(self, name: str) -> set[str]:
+        """Row stages whose columns a row or fit stage reads, and `ingest`."""
+        stage = self.rows.get(name) or self.fits[name]
+        homes = self.home_of(name)
+        needs = set(stage.columns().needs)
+        if "effective_messages" in needs:
+            needs.add("messages_reflected")
+        return {"ingest"} | {homes[column] for column in needs if column in homes}
+
     def home_of(self, before: str) -> dict[str, str]:
         """The stage that adds each column that exists before a stage."""
         homes = dict.fromkeys(ROWS.names, "ingest")

@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.flow import Flow
-from stages.base import EngineSpec, RowStage
+from stages.base import EngineSpec
 from stages.engines.model_files import model_identity, threads_of
 from stages.rows import canonical_json
 
@@ -58,7 +58,8 @@ def stage_identities(config: Config, flow: Flow) -> dict[str, dict[str, Any]]:
     for name in flow.names[1:]:
         if name in flow.rows:
             stage: Any = flow.rows[name]
-            upstream = _upstream(flow, stage, identities)
+            read = sorted(flow.read_by(name) - {"ingest"})
+            upstream = {earlier: fingerprint(identities[earlier]) for earlier in read}
             fitted = {artifact: fingerprint(identities[artifact]) for artifact in stage.artifacts()}
         elif name in flow.fits:
             stage, upstream, fitted = flow.fits[name], {}, {}
@@ -113,13 +114,3 @@ def _model(spec: EngineSpec, config: Config) -> dict[str, Any]:
             **({} if on_gpu else {"threads": threads_of(spec.settings)}),
         },
     }
-
-
-def _upstream(flow: Flow, stage: RowStage, identities: Mapping[str, Any]) -> dict[str, str]:
-    """Fingerprints of the row stages whose columns a row stage reads."""
-    homes = flow.home_of(stage.name)
-    needs = set(stage.columns().needs)
-    if "effective_messages" in needs and "messages_reflected" in homes:
-        needs.add("messages_reflected")
-    found = {homes[column] for column in needs if column in homes} - {"ingest"}
-    return {name: fingerprint(identities[name]) for name in sorted(found)}

@@ -194,7 +194,7 @@ class Run:
                 split = manifest["report"]["digests"]
                 found |= {"rows": split["rows"], "targets": split["targets"]}
                 if beside := self._beside_digests(name):
-                    found["beside"] = _joined(beside.values())
+                    found["beside"] = beside
             else:
                 found[earlier] = manifest["digest"]
         return found
@@ -204,16 +204,8 @@ class Run:
         before = self.flow.names[: self.flow.names.index(name)]
         if name in self.flow.sets:
             return before
-        if name in self.flow.fits:
-            homes = self.flow.home_of(name)
-            needs = {*self.flow.fits[name].columns().needs, "messages_reflected"}
-            read = {homes[column] for column in needs if column in homes}
-            return [stage for stage in before if stage == "ingest" or stage in read]
-        upstream = self.identities[name]["upstream"]
-        artifacts = self.identities[name]["artifacts"]
-        return [
-            stage for stage in before if stage == "ingest" or stage in {**upstream, **artifacts}
-        ]
+        read = {*self.flow.read_by(name), *self.identities[name]["artifacts"]}
+        return [stage for stage in before if stage in read]
 
     def _ingest(self, inputs: Mapping[str, Any]) -> int:
         self.listener(Event("ingest", "start"))
@@ -271,7 +263,7 @@ class Run:
         target_parts = parts(self.store, "ingest/targets") if stage.on_targets else []
         limit_key = self._limit_key(stage, found, homes)
         upstream = self._upstream_digests(name)
-        beside = self._beside_digests(name)
+        beside = inputs.get("beside", {})
         fitted = self._fitted_digest(name)
         tasks = [
             replace(

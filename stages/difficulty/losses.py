@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from stages.difficulty.templates import Template, header_ids, prompt_ids, response_ids
+from stages.difficulty.templates import Template, conversation_ids, header_ids, prompt_ids
 from stages.engines import ScoreRequest, TokenScorer
 from stages.engines.tokens import start_ids, text_ids
 from stages.errors import EngineError, RowError
@@ -107,8 +107,7 @@ async def response_losses(
     requests: list[_Pair | RowError] = []
     for messages in conversations:
         try:
-            before = prompt_ids(tokenizer, prompt(messages), template)
-            whole = response_ids(tokenizer, messages, template)
+            before, whole = conversation_ids(tokenizer, messages, template)
             alone = header_ids(tokenizer, prompt(messages), template) if prefixed else start
             target, truncated = _fitting(before, whole, max_length)
         except RowError as error:

@@ -87,19 +87,21 @@ def header_ids(
     return header
 
 
-def response_ids(
+def conversation_ids(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], template: Template
-) -> list[int]:
-    """Ids of the response, the same after any prompt.
+) -> tuple[list[int], list[int]]:
+    """Ids of everything before the response, and of the response, the same after any prompt.
 
     Raises:
-        RowError: the chat template changes the response, or there is none.
+        RowError: the template can't hold these turns, or there is no response.
     """
     if len(prompt(messages)) == len(messages):
         raise RowError("no_response: the conversation doesn't end with the assistant's turn")
     if template == "chat":
-        return chat_tokens(tokenizer, messages).response_ids
-    return text_ids(tokenizer, messages[-1]["content"])
+        tokens = chat_tokens(tokenizer, messages)
+        return tokens.prompt_ids, tokens.response_ids
+    before = prompt_ids(tokenizer, prompt(messages), template)
+    return before, text_ids(tokenizer, messages[-1]["content"])
 
 
 def _text(turns: Sequence[Message], form: TextFormat) -> str:
