@@ -402,21 +402,25 @@ class Run:
                 if part in names:
                     stale = f"{folder}{inner}/stale-{digest}.parquet"
                     self.store.rename(f"{folder}{inner}/{part}", stale)
-        ready: list[ShardTask] = []
+        holding: dict[str, tuple[str, ...]] = {}
         for task in pending:
-            sources = [self.store.child(task.folder)]
-            if self.reuse:
-                sources.append(Store(self.reuse).child(task.folder))
-            urls = tuple(
-                f"{source.url}/{name}"
-                for source in sources
-                for name in source.names()
-                if name.endswith(".parquet")
-                and (footer := source.table_metadata(name)).get("fingerprint") == mark
-                and footer.get("fitted", "") == task.fitted
-            )
-            ready.append(replace(task, reuse=urls))
-        return ready
+            if task.folder not in holding:
+                holding[task.folder] = self._holding(task, mark)
+        return [replace(task, reuse=holding[task.folder]) for task in pending]
+
+    def _holding(self, task: ShardTask, mark: str) -> tuple[str, ...]:
+        """Files of a task's folder, here and in the run to reuse, made as the task would be."""
+        sources = [self.store.child(task.folder)]
+        if self.reuse:
+            sources.append(Store(self.reuse).child(task.folder))
+        return tuple(
+            f"{source.url}/{name}"
+            for source in sources
+            for name in source.names()
+            if name.endswith(".parquet")
+            and (footer := source.table_metadata(name)).get("fingerprint") == mark
+            and footer.get("fitted", "") == task.fitted
+        )
 
     def _drop_stale(self, name: str, current: set[str]) -> None:
         folder = self.store.child(folder_of(name))
