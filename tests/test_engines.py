@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import MistralConfig, MistralForCausalLM
 
 from stages.engines import (
     Completion,
@@ -25,6 +27,7 @@ from stages.engines.generation_cache import CachedGenerator
 from stages.engines.generator import TransformersGenerator, nucleus_choice
 from stages.engines.local import make_engine
 from stages.engines.model_files import load_causal_lm, model_folder, model_identity
+from stages.engines.packing import packs_of
 from stages.engines.prefixes import shared_prefixes
 from stages.engines.reader import TransformersReader
 from stages.engines.scorer import TransformersScorer
@@ -110,19 +113,63 @@ def test_every_prompt_begins_with_its_groups_prefix(prompts: list[list[int]]) ->
             assert not group.ids or len(prompts[i]) > len(group.ids)
 
 
+@given(
+    st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=14), max_size=30), st.integers(1, 40)
+)
+def test_packs_hold_every_sequence_once_after_its_prefix(
+    sequences: list[list[int]], budget: int
+) -> None:
+    packs = packs_of(sequences, shared_prefixes(sequences), budget)
+    assert sorted(m for pack in packs for m in pack.members) == list(range(len(sequences)))
+    for pack in packs:
+        assert len(pack.ids) <= budget or len(pack.members) == 1
+        read = {segment.stop: segment for segment in pack.segments}
+        ends = [*sorted(read)]
+        assert [read[end].start for end in ends] == [0, *ends[:-1]]
+        for member, origin in zip(pack.members, pack.origins, strict=True):
+            own = read[origin + len(sequences[member])]
+            places = [*range(own.first, own.last), *range(own.start, own.stop)]
+            assert [pack.ids[i] for i in places] == sequences[member]
+            assert [pack.positions[i] for i in places] == list(range(len(sequences[member])))
+
+
+def test_a_model_that_reads_a_window_is_scored_as_it_reads(tmp_path: Path) -> None:
+    """Sliding attention can't be packed: its batches are padded."""
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=4,
+        max_position_embeddings=64,
+    )
+    model = MistralForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
+    draws = np.random.default_rng(5)
+    requests = [
+        ScoreRequest(draws.integers(0, 64, a).tolist(), draws.integers(0, 64, b).tolist())
+        for a, b in ((12, 9), (3, 20), (0, 7), (15, 1))
+    ]
+    scorer = TransformersScorer(ModelSettings(model=str(tmp_path), max_length=64, batch_tokens=64))
+    expected = [brute_force(model, list(p), list(t)) for p, t in requests]
+    found = scorer.score(requests)
+    np.testing.assert_allclose(found.sums, [total for total, _ in expected], rtol=1e-5, atol=1e-5)
+
+
 def test_gradient_norm_is_that_of_finite_differences(model: Any) -> None:
     """Along its own direction the loss falls at the rate of the gradient's norm."""
     draws = np.random.default_rng(2)
     prompt, target = draws.integers(100, 40000, (2, 6)).tolist()
     scorer = TransformersScorer(SETTINGS)
     norm = scorer.gradient_norms([ScoreRequest(prompt, target), ScoreRequest(prompt, target[:1])])
+    weight = model.get_input_embeddings().weight
+    out = model(torch.tensor([[*prompt, *target]])).logits[0].log_softmax(-1)
+    total = sum(out[5 + i, token] for i, token in enumerate(target))
+    (gradient,) = torch.autograd.grad(total, weight)
     weight = scorer._model.get_input_embeddings().weight
-    with torch.enable_grad():
-        weight.requires_grad_(True)
-        out = scorer._model(torch.tensor([[*prompt, *target]])).logits[0].log_softmax(-1)
-        total = sum(out[5 + i, token] for i, token in enumerate(target))
-        (gradient,) = torch.autograd.grad(total, weight)
-        weight.requires_grad_(False)
     step = 1e-2 * gradient / gradient.norm()
     sums = []
     for sign in (1, -1):

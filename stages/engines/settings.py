@@ -30,7 +30,7 @@ class ModelSettings(BaseModel):
     )
     max_length: int = Field(default=2048, ge=8, description="Longest sequence, in tokens.")
     batch_tokens: int = Field(
-        default=4096, ge=8, description="Tokens in one forward batch, padding included."
+        default=2048, ge=8, description="Tokens in one forward batch, padding included."
     )
     generation_chunk: int = Field(
         default=16, ge=1, description="Prompts generated, and committed to the cache, together."
