@@ -10,7 +10,7 @@ from pipeline.config import Placement
 from pipeline.rundir import RunColumns
 from pipeline.shard import ShardReport, ShardTask, compute_shard
 from stages.base import Artifact, EngineSpec, FitStage
-from stages.engines.local import LocalHandle, make_engine
+from stages.engines.local import handle_of, make_engine
 from stages.engines.settings import ModelSettings
 
 
@@ -46,13 +46,13 @@ class Backend(Protocol):
 
 
 class LocalBackend:
-    """Everything in this process, one engine call at a time."""
+    """Everything in this process, one call of an engine at a time."""
 
     def __init__(self, make: Callable[[str, ModelSettings], Any] = make_engine) -> None:
         """Keep how engines are made."""
         self._make = make
         self._engines: dict[tuple[str, str], Any] = {}
-        self._roles: dict[str, LocalHandle] = {}
+        self._roles: dict[str, Any] = {}
 
     async def open(
         self, engines: Mapping[str, EngineSpec], placements: Mapping[str, Placement]
@@ -65,7 +65,7 @@ class LocalBackend:
             if key not in self._engines:
                 self._engines[key] = self._make(spec.kind, spec.settings)
         self._roles = {
-            role: LocalHandle(self._engines[spec.kind, spec.model])
+            role: handle_of(self._engines[spec.kind, spec.model], spec.settings)
             for role, spec in engines.items()
         }
 

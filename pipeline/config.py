@@ -174,6 +174,9 @@ class Config(Recipe):
                 f"execution.engines places {unknown[0]!r}, which `models` doesn't declare "
                 f"(declared: {', '.join(sorted(self.models)) or 'none'})"
             )
+        for name in self.execution.engines:
+            if self.models[name].endpoint is not None:
+                raise ValueError(f"execution.engines places {name!r}, which is behind an endpoint")
         return self
 
     @property
@@ -191,9 +194,7 @@ class Config(Recipe):
                 path if "://" in path else os.path.basename(path.rstrip("/")) for path in paths
             ]
             item["path"] = names[0] if isinstance(item["path"], str) else names
-        for model in recipe["models"].values():
-            if os.path.isabs(model["model"]) or model["model"].startswith("."):
-                model["model"] = os.path.basename(model["model"].rstrip("/"))
+        recipe["models"] = {name: model.portable() for name, model in self.models.items()}
         return recipe
 
 

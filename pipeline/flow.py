@@ -96,7 +96,8 @@ def flow_of(config: Config) -> Flow:
     """The stages of a recipe, their columns checked against each other.
 
     Raises:
-        ConfigError: a stage or a rule reads a column that nothing before it adds.
+        ConfigError: a stage or a rule reads a column that nothing before it adds, or a stage needs
+            more of a model than an endpoint gives.
     """
     rows: dict[str, RowStage] = {}
     fits: dict[str, FitStage] = {}
@@ -122,6 +123,7 @@ def flow_of(config: Config) -> Flow:
         rows["embedding"] = EmbeddingStage(config.embedding, models)
     present = [*ROWS.names, *(n for stage in rows.values() for n in stage.columns().adds.names)]
     flow = Flow(rows, fits, _set_stages(config, tuple(present)))
+    _check_endpoints({**rows, **fits})
     for name, stage in rows.items():
         known = {*flow.home_of(name), "effective_messages"}
         named = set(stage.columns().needs)
@@ -133,6 +135,18 @@ def flow_of(config: Config) -> Flow:
                 f"there are {', '.join(sorted(known))}"
             )
     return flow
+
+
+def _check_endpoints(stages: Mapping[str, RowStage | FitStage]) -> None:
+    for name, stage in stages.items():
+        for role, spec in stage.engines().items():
+            if spec.settings.endpoint is None or spec.asks == "messages":
+                continue
+            raise ConfigError(
+                f"{name} can't use models.{spec.model} (engine: openai) as its {role}: it works "
+                "with token ids, log-probabilities or activations, which endpoints don't give; "
+                "name a model with engine: transformers or vllm"
+            )
 
 
 def _set_stages(config: Config, present: tuple[str, ...]) -> dict[str, SetStage]:

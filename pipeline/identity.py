@@ -99,13 +99,27 @@ def generation_identity(spec: EngineSpec, config: Config) -> str:
     return canonical_json(_model(spec, config))
 
 
+def endpoint_identity(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model behind an endpoint is known by: no weights are here, and no numerics."""
+    endpoint = settings["endpoint"]["identity"]
+    return {
+        "kind": "generator",
+        "settings": settings,
+        "weights": f"endpoint:{endpoint}:{settings['model']}",
+        "numerics": {},
+    }
+
+
 def _model(spec: EngineSpec, config: Config) -> dict[str, Any]:
+    settings = config.portable_recipe["models"][spec.model]
+    if spec.settings.endpoint is not None:
+        return endpoint_identity(settings)
     placement = config.execution.engines.get(spec.model)
     on_gpu = bool(placement and placement.gpus)
     names = _LIBRARIES[spec.kind] if spec.settings.engine == "transformers" else ("vllm",)
     return {
         "kind": spec.kind,
-        "settings": config.portable_recipe["models"][spec.model],
+        "settings": settings,
         "weights": model_identity(spec.settings.model),
         "numerics": {
             **{name: version(name) for name in names},

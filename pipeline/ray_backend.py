@@ -99,10 +99,17 @@ class PoolHandle:
 class ShardWorker:
     """Reads, computes and commits shards; asks the engine pools for all model work."""
 
-    def __init__(self, in_turn: bool) -> None:
-        """`in_turn`: one engine at a time takes the cores."""
+    def __init__(self, in_turn: bool, endpoints: Mapping[str, EngineSpec]) -> None:
+        """Keep how engines are asked.
+
+        Args:
+            in_turn: one engine at a time takes the cores.
+            endpoints: what is asked over HTTP, by role: with no model to hold, it is asked from
+                here, and its connections end with this process.
+        """
         self._turn = asyncio.Lock() if in_turn else None
-        self._handles: dict[str, PoolHandle] = {}
+        self._endpoints = endpoints
+        self._handles: dict[str, Any] = {}
 
     async def shard(self, task: ShardTask, pools: Pools) -> ShardReport:
         """Compute and commit one shard."""
@@ -112,10 +119,14 @@ class ShardWorker:
         """Fit an artifact."""
         return await task.stage.fit(task.columns, task.targets, self._of(pools))
 
-    def _of(self, pools: Pools) -> dict[str, PoolHandle]:
+    def _of(self, pools: Pools) -> dict[str, Any]:
         # Pools come with each call, not with the constructor: a restarted worker must find them.
         if not self._handles:
-            self._handles = {role: PoolHandle(found, self._turn) for role, found in pools.items()}
+            models = {spec.model: spec for spec in self._endpoints.values()}
+            asked = {name: make_engine(spec.kind, spec.settings) for name, spec in models.items()}
+            endpoints = {role: asked[spec.model] for role, spec in self._endpoints.items()}
+            placed = {role: PoolHandle(found, self._turn) for role, found in pools.items()}
+            self._handles = {**placed, **endpoints}
         return self._handles
 
 
@@ -144,7 +155,9 @@ class RayBackend:
         Raises:
             EngineError: the cluster can't place a pool in time, or a model can't be loaded.
         """
-        wanted = {(spec.kind, spec.model): spec for spec in engines.values()}
+        endpoints = {role: spec for role, spec in engines.items() if spec.settings.endpoint}
+        placed = {role: spec for role, spec in engines.items() if role not in endpoints}
+        wanted = {(spec.kind, spec.model): spec for spec in placed.values()}
         for key in [key for key in self._pools if key not in wanted]:
             self._close_pool(key)
         for key, spec in wanted.items():
@@ -152,14 +165,15 @@ class RayBackend:
                 await self._open_pool(key, spec, placements.get(spec.model, Placement()))
         if self._worker is not None:
             ray.kill(self._worker)
-        self._roles = {role: self._pools[spec.kind, spec.model] for role, spec in engines.items()}
+        self._roles = {role: self._pools[spec.kind, spec.model] for role, spec in placed.items()}
         in_turn = all(
             placements.get(spec.model, Placement()).gpus == 0
             and placements.get(spec.model, Placement()).cpus is None
-            for spec in engines.values()
+            for spec in placed.values()
         )
         worker_class = cast("ActorClass[ShardWorker]", ShardWorker)
-        self._worker = worker_class.options(max_concurrency=max(2, self._in_flight)).remote(in_turn)
+        concurrency = max(2, self._in_flight)
+        self._worker = worker_class.options(max_concurrency=concurrency).remote(in_turn, endpoints)
 
     async def shard(self, task: ShardTask) -> ShardReport:
         """Compute and commit one shard."""

@@ -65,7 +65,7 @@ def _override(raw: dict[str, Any], text: str) -> None:
 
 
 def resolve_paths(raw: dict[str, Any], path: str) -> None:
-    """Put environment variables, and the recipe file's folder, into the fields that are paths."""
+    """Put environment variables, and the recipe file's folder, into paths and addresses."""
     folder = path.rpartition("/")[0] if "://" in path else os.path.dirname(path)
     for section in ("sources", "targets"):
         for item in raw.get(section) or []:
@@ -75,7 +75,10 @@ def resolve_paths(raw: dict[str, Any], path: str) -> None:
                 item["path"] = [_located(_expanded(str(one)), folder) for one in item["path"]]
     models = raw.get("models")
     for model in models.values() if isinstance(models, dict) else ():
-        if isinstance(model, dict) and isinstance(model.get("model"), str):
+        if isinstance(model, dict) and isinstance(endpoint := model.get("endpoint"), dict):
+            if isinstance(endpoint.get("base_url"), str):
+                endpoint["base_url"] = _expanded(endpoint["base_url"])
+        elif isinstance(model, dict) and isinstance(model.get("model"), str):
             reference = _expanded(model["model"])
             local = reference.startswith((".", "~")) or reference.endswith(".gguf")
             model["model"] = _located(reference, folder) if local else reference

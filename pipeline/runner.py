@@ -29,6 +29,7 @@ from pipeline.rundir import (
 )
 from pipeline.shard import BESIDE, ShardReport, ShardTask, is_committed
 from stages.base import Checked, RowStage
+from stages.engines.chat_cache import Spent
 from stages.errors import ConfigError, StageError
 from stages.ingest import content_of, ingest
 from stages.rows import NOT_REQUESTED, OK, key_hash
@@ -77,7 +78,20 @@ class Run:
         for stage in self.flow.rows.values():
             if isinstance(stage, Checked):
                 stage.check()
+        self._check_keys()
         self.identities = stage_identities(self.config, self.flow)
+
+    def _check_keys(self) -> None:
+        """See that the keys are there of all endpoints that are still to be asked.
+
+        Raises:
+            ConfigError: an environment variable isn't set.
+        """
+        for name, stage in self.flow.rows.items():
+            if name == self.restart_from or read_manifest(self.store, name) is None:
+                for spec in stage.engines().values():
+                    if spec.settings.endpoint is not None:
+                        spec.settings.endpoint.api_key()
 
     def execute(self, only: str | None = None) -> None:
         """Run all stages, or one whose predecessors are complete.
@@ -290,13 +304,15 @@ class Run:
         files = [f"targets/{t.part}" if t.targets else t.part for t in tasks]
         tables = {file: folder.read_table(file, [f"{name}_status"]) for file in files}
         statuses: Counter[str] = Counter()
+        examples: dict[str, str] = {}
         for file, table in tables.items():
             if not file.startswith("targets/"):
-                statuses.update(
-                    s if s in (OK, NOT_REQUESTED) else ": ".join(s.split(": ")[:2])
-                    for s in table[f"{name}_status"].to_pylist()
-                )
-        self._check_failures(name, statuses)
+                for status in table[f"{name}_status"].to_pylist():
+                    known = status in (OK, NOT_REQUESTED)
+                    code = status if known else ": ".join(status.split(": ")[:2])
+                    statuses[code] += 1
+                    examples.setdefault(code, status)
+        self._check_failures(name, statuses, examples)
         rows = sum(statuses.values())
         finish_stage(
             self.store,
@@ -312,6 +328,7 @@ class Run:
             rows_reused=sum(report.reused for report in reports),
             shards_computed=len(pending),
             models={role: spec.settings.model for role, spec in stage.engines().items()},
+            **_endpoints(stage, reports),
             numerics={r: m["numerics"] for r, m in self.identities[name]["models"].items()},
         )
         return rows
@@ -462,7 +479,9 @@ class Run:
             raise failures.exceptions[0] from None
         return reports
 
-    def _check_failures(self, name: str, statuses: Mapping[str, int]) -> None:
+    def _check_failures(
+        self, name: str, statuses: Mapping[str, int], examples: Mapping[str, str]
+    ) -> None:
         failed = {status: n for status, n in statuses.items() if status.startswith("failed")}
         asked = sum(n for status, n in statuses.items() if status != NOT_REQUESTED)
         allowed = self.config.max_failed_share
@@ -470,9 +489,10 @@ class Run:
             raise StageError(f"{name}: no row was asked for; loosen its where or limit", stage=name)
         if sum(failed.values()) > allowed * asked:
             counted = ", ".join(f"{n} × {status}" for status, n in sorted(failed.items()))
+            example = examples[max(failed, key=lambda status: failed[status])]
             raise StageError(
                 f"{name}: {sum(failed.values())} of {asked} rows failed ({counted}), more than "
-                f"max_failed_share {allowed:g}; mend the rows, or raise it",
+                f"max_failed_share {allowed:g}; for example {example}; mend the rows, or raise it",
                 stage=name,
             )
 
@@ -555,6 +575,19 @@ def make_backend(config: Config) -> Backend:
     from pipeline.ray_backend import RayBackend
 
     return RayBackend(config.execution.place_timeout_s, config.execution.shards_in_flight)
+
+
+def _endpoints(stage: RowStage, reports: Sequence[ShardReport]) -> dict[str, Any]:
+    """What this execution spent on endpoints, by role, for the manifest."""
+    spent: dict[str, dict[str, Any]] = {}
+    for role, spec in stage.engines().items():
+        if spec.settings.endpoint is not None:
+            total = Spent()
+            for report in reports:
+                total = total.plus(report.spent.get(role, Spent()))
+            cost = spec.settings.endpoint.cost(total.prompt_tokens, total.generated_tokens)
+            spent[role] = {**total._asdict(), **({} if cost is None else {"cost": cost})}
+    return {"endpoints": spent} if spent else {}
 
 
 def _joined(digests: Any) -> str:

@@ -54,11 +54,19 @@ class Columns:
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """A model in a role: `model` is its name in the recipe, where execution places it."""
+    """A model in a role.
+
+    Attributes:
+        kind: what it has to do.
+        model: its name in the recipe, where execution places it.
+        settings: its entry in the recipe.
+        asks: what a generator is given; a model behind an endpoint takes messages alone.
+    """
 
     kind: EngineKind
     model: str
     settings: ModelSettings
+    asks: Literal["ids", "messages"] = "ids"
 
 
 class ShardedColumns(Protocol):

@@ -8,23 +8,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import cast
-
-import pyarrow as pa
 
 from stages.engines import Completion, GenerationRequest, Sampling, TextGenerator
+from stages.engines.completion_files import CompletionFiles
 from stages.rows import canonical_json
 from stages.storage import Store
-
-_SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("token_ids", pa.list_(pa.int32())),
-        ("text", pa.string()),
-        ("finish_reason", pa.string()),
-        ("log_prob", pa.float64()),
-    ]
-)
 
 
 class CachedGenerator:
@@ -40,24 +28,22 @@ class CachedGenerator:
             chunk: prompts that are generated, and committed, together.
         """
         self._generator = generator
-        folder = hashlib.blake2b(identity.encode(), digest_size=12).hexdigest()
-        self._store = store.child(folder)
+        self._files = CompletionFiles(store, identity)
         self._identity = identity
         self._chunk = chunk
-        self._known: dict[str, str] | None = None
 
     async def generate(
         self, requests: Sequence[GenerationRequest], sampling: Sampling
     ) -> list[Completion]:
         """One completion a request, in input order; new ones are committed chunk by chunk."""
         keys = [self._key(request, sampling) for request in requests]
-        found = self._read(keys)
+        found = self._files.read(keys)
         missing = [place for place, key in enumerate(keys) if key not in found]
         for start in range(0, len(missing), self._chunk):
             chunk = missing[start : start + self._chunk]
             completions = await self._generator.generate([requests[i] for i in chunk], sampling)
             made = dict(zip((keys[i] for i in chunk), completions, strict=True))
-            self._write(made)
+            self._files.write(made)
             found |= made
         return [found[key] for key in keys]
 
@@ -69,45 +55,6 @@ class CachedGenerator:
             sampling.max_new_tokens,
             sampling.temperature,
             sampling.top_p,
+            *([] if sampling.schema is None else [sampling.schema]),
         ]
         return hashlib.blake2b(canonical_json(value).encode(), digest_size=16).hexdigest()
-
-    def _read(self, keys: Sequence[str]) -> dict[str, Completion]:
-        if self._known is None:
-            self._known = {
-                key: name
-                for name in self._store.names()
-                if name.endswith(".parquet")
-                for key in self._store.read_table(name, ["key"])["key"].to_pylist()
-            }
-        wanted = {key for key in keys if key in self._known}
-        found: dict[str, Completion] = {}
-        for name in sorted({self._known[key] for key in wanted}):
-            for record in self._store.read_table(name).to_pylist():
-                if record["key"] in wanted:
-                    found[record["key"]] = Completion(
-                        tuple(record["token_ids"]),
-                        record["text"],
-                        record["finish_reason"],
-                        record["log_prob"],
-                    )
-        return found
-
-    def _write(self, made: dict[str, Completion]) -> None:
-        table = pa.Table.from_pylist(
-            [
-                {
-                    "key": key,
-                    "token_ids": completion.token_ids,
-                    "text": completion.text,
-                    "finish_reason": completion.finish_reason,
-                    "log_prob": completion.log_prob,
-                }
-                for key, completion in made.items()
-            ],
-            schema=_SCHEMA,
-        )
-        name = hashlib.blake2b("".join(made).encode(), digest_size=16).hexdigest() + ".parquet"
-        self._store.write_table(name, table)
-        known = cast("dict[str, str]", self._known)
-        known.update(dict.fromkeys(made, name))

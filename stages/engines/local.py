@@ -33,6 +33,15 @@ def make_engine(kind: str, settings: ModelSettings, tensor_parallel: int = 1) ->
     # against 4.8 s for one batch on two busy cores). It has to be said before torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _keep_memory()
+    if kind == "generator" and settings.endpoint is not None:
+        from stages.engines.endpoint import EndpointChat
+
+        return EndpointChat(settings.model, settings.endpoint)
+    if settings.endpoint is not None:
+        raise ConfigError(
+            f"model {settings.model}: an endpoint only writes text; a {kind} needs the model's "
+            "files and engine: transformers"
+        )
     if kind == "generator" and settings.engine == "vllm":
         from stages.engines.vllm_generator import VllmGenerator
 
@@ -92,6 +101,11 @@ class LocalHandle:
                 return await asyncio.to_thread(getattr(self._engine, method), *args, **kwargs)
 
         return call
+
+
+def handle_of(engine: Any, settings: ModelSettings) -> Any:
+    """How a stage awaits an engine: an endpoint by itself, and any number of calls at once."""
+    return LocalHandle(engine) if settings.endpoint is None else engine
 
 
 @contextmanager

@@ -11,24 +11,24 @@ import json
 import re
 from typing import Any, Literal, NamedTuple
 
+from stages.engines import FinishReason
+from stages.engines.chat import ChatCode
 from stages.reflection.prompts import INSTRUCTION_TAG, RESPONSE_TAG, STAND_INS, own_texts
 from stages.reflection.settings import Reply
 
-FailureCode = Literal[
-    "truncated",
-    "missing_tag",
-    "repeated_tag",
-    "invalid_json",
-    "invalid_unicode",
-    "empty",
-    "placeholder",
-    "refusal",
-    "copied_prompt",
-    "unchanged",
-    "prompt_too_long",
-    "chat_template",
-]
-FinishReason = Literal["stop", "length"]
+FailureCode = (
+    ChatCode
+    | Literal[
+        "truncated",
+        "missing_tag",
+        "repeated_tag",
+        "invalid_json",
+        "empty",
+        "placeholder",
+        "copied_prompt",
+        "unchanged",
+    ]
+)
 
 
 class Rewrite(NamedTuple):
@@ -39,7 +39,7 @@ class Rewrite(NamedTuple):
 
 
 class ParseFailure(NamedTuple):
-    """Why there is no rewrite; the last two codes are of prompts that weren't sent."""
+    """Why there is no rewrite: what the reply lacks, or why there is none (`ChatCode`)."""
 
     code: FailureCode
     detail: str
@@ -111,6 +111,8 @@ def _parts(
     text: str, finish_reason: FinishReason, reply: Reply, names: tuple[str, ...]
 ) -> list[str] | ParseFailure:
     """The named parts of a reply, each usable by itself."""
+    if finish_reason == "content_filter":
+        return ParseFailure("content_filter", "the endpoint's filter ended the reply")
     if finish_reason != "stop":
         return ParseFailure("truncated", "the reply reached max_new_tokens")
     if not _encodes(text):

@@ -52,7 +52,8 @@ class ReflectedRow:
         rifd: losses of the instruction that stands, or None where it can't be scored.
         instruction_result: the verdict on the instruction candidate, or the code of its failure.
         response_result: the same for the response candidate.
-        teacher_tokens: tokens that the teacher generated for this row.
+        teacher_tokens: tokens that the teacher generated for this row; None where an endpoint
+            doesn't report them.
     """
 
     id: str
@@ -63,7 +64,7 @@ class ReflectedRow:
     rifd: InstructionLoss | None = None
     instruction_result: str | None = None
     response_result: str | None = None
-    teacher_tokens: int = 0
+    teacher_tokens: int | None = 0
     ifd_before: float | None = None
     ifd_candidate: float | None = None
     rifd_before: float | None = None

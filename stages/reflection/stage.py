@@ -66,7 +66,7 @@ class ReflectionStage:
         self._teacher = models[settings.teacher]
         self._student = models[settings.student]
         self._seed = seed
-        if settings.max_new_tokens >= self._teacher.max_length:
+        if self._teacher.endpoint is None and settings.max_new_tokens >= self._teacher.max_length:
             raise ConfigError(
                 f"reflection.max_new_tokens: {settings.max_new_tokens} leaves no room for a prompt "
                 f"in models.{settings.teacher}.max_length={self._teacher.max_length}"
@@ -79,7 +79,9 @@ class ReflectionStage:
     def engines(self) -> Mapping[str, EngineSpec]:
         """The model that rewrites and the model that judges."""
         return {
-            "teacher": EngineSpec("generator", self.settings.teacher, self._teacher),
+            "teacher": EngineSpec(
+                "generator", self.settings.teacher, self._teacher, asks="messages"
+            ),
             "student": EngineSpec("scorer", self.settings.student, self._student),
         }
 
@@ -95,8 +97,7 @@ class ReflectionStage:
         Raises:
             StageError: more rewrites failed than `max_failed_share` allows.
         """
-        tokenizer = _tokenizer(self._teacher)
-        teacher = Teacher(engines["teacher"], tokenizer, self._teacher, self.settings, self._seed)
+        teacher = Teacher(engines["teacher"], self._teacher, self.settings, self._seed)
         student = engines["student"]
         reflected = [
             ReflectedRow(row, messages or [], answer, unusable_turns(messages or []))
@@ -109,6 +110,7 @@ class ReflectionStage:
         usable = [row for row in reflected if row.error is None]
         if self.settings.phases != "response":
             self._check_failures(await self._rewrite_instructions(usable, teacher, student), usable)
+            usable = [row for row in usable if row.error is None]
         if self.settings.phases != "instruction":
             self._check_failures(await self._rewrite_responses(usable, teacher, student), usable)
         return added_columns(reflected)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import Any
 
-from stages.engines import Completion, GenerationRequest, Sampling, TextGenerator
+from stages.engines import Completion, Sampling, Usage
+from stages.engines.chat import UNANSWERED, ChatRequest, chat_generator
 from stages.engines.settings import ModelSettings
-from stages.engines.tokens import chat_tokens
 from stages.errors import RowError
 from stages.reflection.parsing import (
     ParseFailure,
@@ -17,13 +19,17 @@ from stages.reflection.parsing import (
     parse_whole_answer,
     parse_whole_instruction,
 )
-from stages.reflection.prompts import Purpose, answer_prompt, instruction_prompt, response_prompt
+from stages.reflection.prompts import (
+    INSTRUCTION_TAG,
+    RESPONSE_TAG,
+    Purpose,
+    answer_prompt,
+    instruction_prompt,
+    response_prompt,
+)
 from stages.reflection.record import ReflectedRow
 from stages.reflection.settings import ReflectionSettings
 from stages.rows import Message, key_hash, with_turns
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 class Teacher:
@@ -31,16 +37,14 @@ class Teacher:
 
     def __init__(
         self,
-        engine: TextGenerator,
-        tokenizer: PreTrainedTokenizerBase,
+        engine: Any,
         model: ModelSettings,
         settings: ReflectionSettings,
         seed: int,
     ) -> None:
         """Keep the engine, and how it is asked."""
-        self._engine = engine
-        self._tokenizer = tokenizer
-        self._window = model.max_length
+        self._chat = chat_generator(engine, model)
+        self._takes_schema = model.takes_schema
         self._reply = settings.reply
         self._sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p)
         self._seed = seed
@@ -108,32 +112,39 @@ class Teacher:
         prompts: Sequence[Sequence[Message]],
         purpose: Purpose,
     ) -> list[Completion | ParseFailure]:
-        """One completion a row, or why it can't be asked for."""
+        """One completion a row, or why there is none; a row that got no reply has failed."""
         requests = [
-            self._request(row, prompt, purpose) for row, prompt in zip(rows, prompts, strict=True)
+            ChatRequest(prompt, key_hash(f"{row.id}:{purpose}", self._seed))
+            for row, prompt in zip(rows, prompts, strict=True)
         ]
-        asked = [request for request in requests if isinstance(request, GenerationRequest)]
-        replies = iter(await self._engine.generate(asked, self._sampling) if asked else [])
+        sampling = replace(self._sampling, schema=self._schema(purpose))
         answered: list[Completion | ParseFailure] = []
-        for row, request in zip(rows, requests, strict=True):
-            if isinstance(request, ParseFailure):
-                answered.append(request)
+        for row, done in zip(rows, await self._chat.chat(requests, sampling), strict=True):
+            if isinstance(done, Completion):
+                row.teacher_tokens = _sum(row.teacher_tokens, done.usage)
+                answered.append(done)
                 continue
-            done = next(replies)
-            row.teacher_tokens += len(done.token_ids)
-            answered.append(done)
+            if done.code in UNANSWERED:
+                row.error = RowError(str(done))
+            answered.append(ParseFailure(*done))
         return answered
 
-    def _request(
-        self, row: ReflectedRow, prompt: Sequence[Message], purpose: Purpose
-    ) -> GenerationRequest | ParseFailure:
-        try:
-            ids = chat_tokens(self._tokenizer, prompt, open_turn=True).ids
-        except RowError as error:
-            return ParseFailure("chat_template", str(error))
-        new = self._sampling.max_new_tokens
-        if len(ids) + new > self._window:
-            return ParseFailure(
-                "prompt_too_long", f"{len(ids)} tokens and {new} new ones exceed {self._window}"
-            )
-        return GenerationRequest(ids, key_hash(f"{row.id}:{purpose}", self._seed))
+    def _schema(self, purpose: Purpose) -> str | None:
+        """What a reply as JSON has to look like, where the engine can hold it to that."""
+        if not self._takes_schema or self._reply != "json":
+            return None
+        parts = {"instruction": (INSTRUCTION_TAG, RESPONSE_TAG), "response": (RESPONSE_TAG,)}
+        names = ["critique", *parts[purpose]]
+        return json.dumps(
+            {
+                "type": "object",
+                "properties": {name: {"type": "string"} for name in names},
+                "required": names,
+                "additionalProperties": False,
+            }
+        )
+
+
+def _sum(tokens: int | None, usage: Usage | None) -> int | None:
+    """Tokens generated so far; None once an endpoint didn't report them."""
+    return None if tokens is None or usage is None else tokens + usage.generated_tokens
