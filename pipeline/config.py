@@ -119,11 +119,13 @@ class Recipe(BaseModel):
             raise ValueError("every source is an anchor, so nothing could be emitted")
         if self.features and not self.dictionary:
             raise ValueError("features needs a dictionary section")
-        if self.pass_rate:
-            unknown = sorted(set(self.pass_rate.checks) - {source.name for source in self.sources})
+        for section in ("pass_rate", "reflection"):
+            settings = getattr(self, section)
+            named = set(settings.checks) if settings else set()
+            unknown = sorted(named - {source.name for source in self.sources})
             if unknown:
                 raise ValueError(
-                    f"pass_rate.checks names the source {unknown[0]!r}; there are "
+                    f"{section}.checks names the source {unknown[0]!r}; there are "
                     f"{', '.join(sorted(source.name for source in self.sources))}"
                 )
         if self.allocation and not self.pass_rate:
@@ -191,9 +193,10 @@ class Config(Recipe):
                 path if "://" in path else os.path.basename(path.rstrip("/")) for path in paths
             ]
             item["path"] = names[0] if isinstance(item["path"], str) else names
-        for model in recipe["models"].values():
-            if os.path.isabs(model["model"]) or model["model"].startswith("."):
-                model["model"] = os.path.basename(model["model"].rstrip("/"))
+        for name, model in self.models.items():
+            recipe["models"][name]["model"] = model.portable_name
+        if self.reflection and self.reflection.prompts:
+            recipe["reflection"]["prompts"] = os.path.basename(self.reflection.prompts)
         return recipe
 
 

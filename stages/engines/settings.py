@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -38,3 +39,9 @@ class ModelSettings(BaseModel):
     threads: int | None = Field(
         default=None, ge=1, description="CPU threads of one engine; unset: all cores of the node."
     )
+
+    @property
+    def portable_name(self) -> str:
+        """The reference, a local one by its own name: the same wherever a project lies."""
+        local = os.path.isabs(self.model) or self.model.startswith(".")
+        return os.path.basename(self.model.rstrip("/")) if local else self.model

@@ -17,7 +17,7 @@ from stages.reflection.parsing import (
     parse_whole_answer,
     parse_whole_instruction,
 )
-from stages.reflection.prompts import Purpose, answer_prompt, instruction_prompt, response_prompt
+from stages.reflection.prompts import Prompts, Purpose
 from stages.reflection.record import ReflectedRow
 from stages.reflection.settings import ReflectionSettings
 from stages.rows import Message, key_hash, with_turns
@@ -35,6 +35,7 @@ class Teacher:
         tokenizer: PreTrainedTokenizerBase,
         model: ModelSettings,
         settings: ReflectionSettings,
+        prompts: Prompts,
         seed: int,
     ) -> None:
         """Keep the engine, and how it is asked."""
@@ -42,31 +43,36 @@ class Teacher:
         self._tokenizer = tokenizer
         self._window = model.max_length
         self._reply = settings.reply
+        self._prompts = prompts
         self._sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p)
         self._seed = seed
 
     async def instructions(self, rows: Sequence[ReflectedRow]) -> list[Rewrite | ParseFailure]:
         """Phase 1: a new instruction with its response for every row, both or neither."""
         reply = self._reply
-        prompts = [instruction_prompt(row.messages, reply) for row in rows]
+        prompts = [self._prompts.instruction_prompt(row.messages, reply) for row in rows]
         replies = await self._ask(rows, prompts, "instruction")
         if reply == "whole":
             return await self._answered(rows, replies)
         return [
             done
             if isinstance(done, ParseFailure)
-            else parse_instruction_reply(done.text, done.finish_reason, reply, row.exchange)
+            else parse_instruction_reply(
+                done.text, done.finish_reason, reply, row.exchange, self._prompts
+            )
             for row, done in zip(rows, replies, strict=True)
         ]
 
     async def responses(self, rows: Sequence[ReflectedRow]) -> list[str | ParseFailure]:
         """Phase 2: a new response for every row."""
-        prompts = [response_prompt(row.messages, self._reply) for row in rows]
+        prompts = [self._prompts.response_prompt(row.messages, self._reply) for row in rows]
         replies = await self._ask(rows, prompts, "response")
         return [
             done
             if isinstance(done, ParseFailure)
-            else parse_response_reply(done.text, done.finish_reason, self._reply, row.exchange)
+            else parse_response_reply(
+                done.text, done.finish_reason, self._reply, row.exchange, self._prompts
+            )
             for row, done in zip(rows, replies, strict=True)
         ]
 
@@ -80,7 +86,9 @@ class Teacher:
             text = (
                 done
                 if isinstance(done, ParseFailure)
-                else parse_whole_instruction(done.text, done.finish_reason, row.exchange)
+                else parse_whole_instruction(
+                    done.text, done.finish_reason, row.exchange, self._prompts
+                )
             )
             if isinstance(text, ParseFailure):
                 new.append(text)
@@ -89,7 +97,7 @@ class Teacher:
                 asking.append((place, text))
         asked = [rows[place] for place, _ in asking]
         prompts = [
-            answer_prompt(with_turns(rows[place].messages, instruction=text))
+            self._prompts.answer_prompt(with_turns(rows[place].messages, instruction=text))
             for place, text in asking
         ]
         answers = await self._ask(asked, prompts, "answer")
@@ -97,7 +105,7 @@ class Teacher:
             answer = (
                 done
                 if isinstance(done, ParseFailure)
-                else parse_whole_answer(done.text, done.finish_reason, text)
+                else parse_whole_answer(done.text, done.finish_reason, text, self._prompts)
             )
             new[place] = answer if isinstance(answer, ParseFailure) else Rewrite(text, answer)
         return new
@@ -120,6 +128,7 @@ class Teacher:
                 answered.append(request)
                 continue
             done = next(replies)
+            row.teacher_prompt_tokens += len(request.prompt)
             row.teacher_tokens += len(done.token_ids)
             answered.append(done)
         return answered
