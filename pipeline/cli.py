@@ -126,6 +126,14 @@ def why(
     _guarded(show, debug)
 
 
+@app.command()
+def prompts() -> None:
+    """Print what reflection asks its teacher: a file to copy, change and name in a recipe."""
+    from stages.reflection.prompts import default_prompts_file
+
+    sys.stdout.write(default_prompts_file())
+
+
 def main() -> None:
     """Entry point of the command."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -119,11 +119,13 @@ class Recipe(BaseModel):
             raise ValueError("every source is an anchor, so nothing could be emitted")
         if self.features and not self.dictionary:
             raise ValueError("features needs a dictionary section")
-        if self.pass_rate:
-            unknown = sorted(set(self.pass_rate.checks) - {source.name for source in self.sources})
+        for section in ("pass_rate", "reflection"):
+            settings = getattr(self, section)
+            named = set(settings.checks) if settings else set()
+            unknown = sorted(named - {source.name for source in self.sources})
             if unknown:
                 raise ValueError(
-                    f"pass_rate.checks names the source {unknown[0]!r}; there are "
+                    f"{section}.checks names the source {unknown[0]!r}; there are "
                     f"{', '.join(sorted(source.name for source in self.sources))}"
                 )
         if self.allocation and not self.pass_rate:
@@ -195,6 +197,8 @@ class Config(Recipe):
             ]
             item["path"] = names[0] if isinstance(item["path"], str) else names
         recipe["models"] = {name: model.portable() for name, model in self.models.items()}
+        if self.reflection and self.reflection.prompts:
+            recipe["reflection"]["prompts"] = os.path.basename(self.reflection.prompts)
         return recipe
 
 

@@ -21,6 +21,7 @@ from stages.reasoning.stage import ReasoningStage
 from stages.reflection.stage import ReflectionStage
 from stages.rows import ROWS
 from stages.rules import rule_columns
+from stages.selection.settings import Filter, SelectionSettings
 from stages.selection.stage import SelectionStage
 from stages.thinking.stage import ThinkingStage
 
@@ -114,7 +115,13 @@ def flow_of(config: Config) -> Flow:
     if config.reasoning:
         rows["reasoning"] = ReasoningStage(config.reasoning, models, config.seed)
     if config.reflection:
-        rows["reflection"] = ReflectionStage(config.reflection, models, config.seed)
+        rows["reflection"] = ReflectionStage(
+            config.reflection,
+            models,
+            config.seed,
+            difficulty=config.difficulty,
+            targets=bool(config.targets),
+        )
     if config.dictionary:
         fits["dictionary"] = DictionaryStage(config.dictionary, models, config.seed)
     if config.features and config.dictionary:
@@ -152,7 +159,7 @@ def _check_endpoints(stages: Mapping[str, RowStage | FitStage]) -> None:
 def _set_stages(config: Config, present: tuple[str, ...]) -> dict[str, SetStage]:
     anchors = frozenset(s.name for s in config.sources if s.role == "anchor")
     sets: dict[str, SetStage] = {
-        "selection": SelectionStage(config.selection, anchors, frozenset(present))
+        "selection": SelectionStage(_selection(config), anchors, frozenset(present))
     }
     emission = config.emission
     budget = emission.budget_rows if emission.budget_rows else emission.budget_tokens
@@ -174,3 +181,14 @@ def _set_stages(config: Config, present: tuple[str, ...]) -> dict[str, SetStage]
         sets["mixture"] = MixtureStage(config.mixture, supply, config.seed)
     sets["emission"] = EmissionStage(emission, config.seed, config.portable_recipe, present)
     return sets
+
+
+def _selection(config: Config) -> SelectionSettings:
+    """The selection section, with what reflection's asks of it."""
+    if not (config.reflection and config.reflection.require_response_rewrite):
+        return config.selection
+    rewritten = Filter(
+        rule='reflection_outcome in ["response", "both"] or reflection_status == "not_requested"',
+        reason="response_not_rewritten",
+    )
+    return config.selection.model_copy(update={"filters": [*config.selection.filters, rewritten]})

@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.flow import Flow
-from stages.base import EngineSpec
+from stages.base import TARGETS, EngineSpec, ReadsFiles
 from stages.engines.model_files import model_identity, threads_of
 from stages.rows import canonical_json
 
@@ -25,7 +25,7 @@ _LIBRARIES = {
     "embedder": ("torch", "sentence-transformers"),
 }
 _CHECKING = ("math-verify", "latex2sympy2-extended", "sympy")
-"""Libraries that decide whether a rollout's answer is right."""
+"""Libraries that decide whether an answer is right."""
 _REQUEST = ("where", "limit")
 """Settings that say which rows are asked for, and change no row's value."""
 
@@ -60,7 +60,11 @@ def stage_identities(config: Config, flow: Flow) -> dict[str, dict[str, Any]]:
             stage: Any = flow.rows[name]
             read = sorted(flow.read_by(name) - {"ingest"})
             upstream = {earlier: fingerprint(identities[earlier]) for earlier in read}
-            fitted = {artifact: fingerprint(identities[artifact]) for artifact in stage.artifacts()}
+            fitted = {
+                artifact: fingerprint(identities[artifact])
+                for artifact in stage.artifacts()
+                if artifact != TARGETS
+            }
         elif name in flow.fits:
             stage, upstream, fitted = flow.fits[name], {}, {}
         else:
@@ -77,7 +81,9 @@ def stage_identities(config: Config, flow: Flow) -> dict[str, dict[str, Any]]:
             }
             identity["upstream"] = upstream
             identity["artifacts"] = fitted
-        if name in ("pass_rate", "rollouts"):
+        if isinstance(stage, ReadsFiles):
+            identity["settings"] |= stage.file_contents()
+        if name in ("pass_rate", "rollouts", "reflection"):
             identity["checking"] = {library: version(library) for library in _CHECKING}
         if name in ("mixture", "emission"):
             identity["sources"] = {

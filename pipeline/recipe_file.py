@@ -82,6 +82,9 @@ def resolve_paths(raw: dict[str, Any], path: str) -> None:
             reference = _expanded(model["model"])
             local = reference.startswith((".", "~")) or reference.endswith(".gguf")
             model["model"] = _located(reference, folder) if local else reference
+    reflection = raw.get("reflection")
+    if isinstance(reflection, dict) and isinstance(reflection.get("prompts"), str):
+        reflection["prompts"] = _located(_expanded(reflection["prompts"]), folder)
     execution = raw.get("execution")
     for key in ("run", "cache"):
         if isinstance(execution, dict) and isinstance(execution.get(key), str):

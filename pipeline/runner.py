@@ -28,7 +28,7 @@ from pipeline.rundir import (
     start_stage,
 )
 from pipeline.shard import BESIDE, ShardReport, ShardTask, is_committed
-from stages.base import Checked, RowStage
+from stages.base import TARGETS, Checked, RowStage
 from stages.engines.chat_cache import Spent
 from stages.errors import ConfigError, StageError
 from stages.ingest import content_of, ingest
@@ -352,7 +352,7 @@ class Run:
             seed=self.config.seed,
             targets=targets,
             limit_key=None if targets else limit_key,
-            artifacts={name: self.store.child(folder_of(name)).url for name in stage.artifacts()},
+            artifacts={name: self._artifact(name).url for name in stage.artifacts()},
             cache=self.config.execution.cache,
             generation={
                 role: generation_identity(spec, self.config)
@@ -382,12 +382,18 @@ class Run:
             for part in parts(self.store, "ingest")
         }
 
+    def _artifact(self, name: str) -> Store:
+        return self.store.child("ingest/targets" if name == TARGETS else folder_of(name))
+
     def _fitted_digest(self, name: str) -> str:
         """The content of the artifacts that a row stage reads, "" without one."""
         digests = [
             str((read_manifest(self.store, fit) or {})["digest"])
             for fit in self.identities[name]["artifacts"]
         ]
+        if TARGETS in self.flow.rows[name].artifacts():
+            ingested = read_manifest(self.store, "ingest") or {}
+            digests.append(str(ingested["report"]["digests"]["targets"]))
         return ":".join(digests)
 
     def _limit_key(

@@ -23,6 +23,9 @@ T = TypeVar("T")
 
 EngineKind = Literal["scorer", "generator", "reader", "embedder"]
 
+TARGETS = "targets"
+"""The artifact that is no fit stage's: the folder of the ingested target rows."""
+
 
 class Settings(BaseModel):
     """A section of a recipe: every field bears on the bytes produced."""
@@ -120,7 +123,7 @@ class RowStage(Protocol):
         ...
 
     def artifacts(self) -> tuple[str, ...]:
-        """Names of the fit stages whose artifacts it reads."""
+        """Names of the fit stages whose artifacts it reads; TARGETS for the target rows."""
         ...
 
     async def process(
@@ -136,6 +139,15 @@ class Checked(Protocol):
 
     def check(self) -> None:
         """Raise ConfigError; may read a tokenizer, loads no model."""
+        ...
+
+
+@runtime_checkable
+class ReadsFiles(Protocol):
+    """A stage with settings that name files, of which the content counts and not the place."""
+
+    def file_contents(self) -> Mapping[str, str]:
+        """By settings field: what identifies the content of the file that it names."""
         ...
 
 

@@ -215,10 +215,13 @@ class ModelSettings(BaseModel):
         if self.endpoint is not None:
             determining = self.endpoint.determining()
             return {"model": self.model, "engine": self.engine, "endpoint": determining}
-        values = self.model_dump(mode="json")
-        if os.path.isabs(self.model) or self.model.startswith("."):
-            values["model"] = os.path.basename(self.model.rstrip("/"))
-        return values
+        return self.model_dump(mode="json") | {"model": self.portable_name}
+
+    @property
+    def portable_name(self) -> str:
+        """The reference, a local one by its own name: the same wherever a project lies."""
+        local = os.path.isabs(self.model) or self.model.startswith(".")
+        return os.path.basename(self.model.rstrip("/")) if local else self.model
 
     @property
     def takes_schema(self) -> bool:

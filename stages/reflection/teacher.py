@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from stages.engines import Completion, Sampling, Usage
+from stages.engines import Completion, Sampling
 from stages.engines.chat import UNANSWERED, ChatRequest, chat_generator
 from stages.engines.settings import ModelSettings
 from stages.errors import RowError
@@ -19,14 +19,7 @@ from stages.reflection.parsing import (
     parse_whole_answer,
     parse_whole_instruction,
 )
-from stages.reflection.prompts import (
-    INSTRUCTION_TAG,
-    RESPONSE_TAG,
-    Purpose,
-    answer_prompt,
-    instruction_prompt,
-    response_prompt,
-)
+from stages.reflection.prompts import INSTRUCTION_TAG, RESPONSE_TAG, Prompts, Purpose
 from stages.reflection.record import ReflectedRow
 from stages.reflection.settings import ReflectionSettings
 from stages.rows import Message, key_hash, with_turns
@@ -40,37 +33,43 @@ class Teacher:
         engine: Any,
         model: ModelSettings,
         settings: ReflectionSettings,
+        prompts: Prompts,
         seed: int,
     ) -> None:
         """Keep the engine, and how it is asked."""
         self._chat = chat_generator(engine, model)
         self._takes_schema = model.takes_schema
         self._reply = settings.reply
+        self._prompts = prompts
         self._sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p)
         self._seed = seed
 
     async def instructions(self, rows: Sequence[ReflectedRow]) -> list[Rewrite | ParseFailure]:
         """Phase 1: a new instruction with its response for every row, both or neither."""
         reply = self._reply
-        prompts = [instruction_prompt(row.messages, reply) for row in rows]
+        prompts = [self._prompts.instruction_prompt(row.messages, reply) for row in rows]
         replies = await self._ask(rows, prompts, "instruction")
         if reply == "whole":
             return await self._answered(rows, replies)
         return [
             done
             if isinstance(done, ParseFailure)
-            else parse_instruction_reply(done.text, done.finish_reason, reply, row.exchange)
+            else parse_instruction_reply(
+                done.text, done.finish_reason, reply, row.exchange, self._prompts
+            )
             for row, done in zip(rows, replies, strict=True)
         ]
 
     async def responses(self, rows: Sequence[ReflectedRow]) -> list[str | ParseFailure]:
         """Phase 2: a new response for every row."""
-        prompts = [response_prompt(row.messages, self._reply) for row in rows]
+        prompts = [self._prompts.response_prompt(row.messages, self._reply) for row in rows]
         replies = await self._ask(rows, prompts, "response")
         return [
             done
             if isinstance(done, ParseFailure)
-            else parse_response_reply(done.text, done.finish_reason, self._reply, row.exchange)
+            else parse_response_reply(
+                done.text, done.finish_reason, self._reply, row.exchange, self._prompts
+            )
             for row, done in zip(rows, replies, strict=True)
         ]
 
@@ -84,7 +83,9 @@ class Teacher:
             text = (
                 done
                 if isinstance(done, ParseFailure)
-                else parse_whole_instruction(done.text, done.finish_reason, row.exchange)
+                else parse_whole_instruction(
+                    done.text, done.finish_reason, row.exchange, self._prompts
+                )
             )
             if isinstance(text, ParseFailure):
                 new.append(text)
@@ -93,7 +94,7 @@ class Teacher:
                 asking.append((place, text))
         asked = [rows[place] for place, _ in asking]
         prompts = [
-            answer_prompt(with_turns(rows[place].messages, instruction=text))
+            self._prompts.answer_prompt(with_turns(rows[place].messages, instruction=text))
             for place, text in asking
         ]
         answers = await self._ask(asked, prompts, "answer")
@@ -101,7 +102,7 @@ class Teacher:
             answer = (
                 done
                 if isinstance(done, ParseFailure)
-                else parse_whole_answer(done.text, done.finish_reason, text)
+                else parse_whole_answer(done.text, done.finish_reason, text, self._prompts)
             )
             new[place] = answer if isinstance(answer, ParseFailure) else Rewrite(text, answer)
         return new
@@ -121,11 +122,11 @@ class Teacher:
         answered: list[Completion | ParseFailure] = []
         for row, done in zip(rows, await self._chat.chat(requests, sampling), strict=True):
             if isinstance(done, Completion):
-                row.teacher_tokens = _sum(row.teacher_tokens, done.usage)
+                row.count(done.usage)
                 answered.append(done)
                 continue
             if done.code in UNANSWERED:
-                row.error = RowError(str(done))
+                row.unanswered = RowError(str(done))
             answered.append(ParseFailure(*done))
         return answered
 
@@ -143,8 +144,3 @@ class Teacher:
                 "additionalProperties": False,
             }
         )
-
-
-def _sum(tokens: int | None, usage: Usage | None) -> int | None:
-    """Tokens generated so far; None once an endpoint didn't report them."""
-    return None if tokens is None or usage is None else tokens + usage.generated_tokens
