@@ -370,7 +370,7 @@ class TestRecipe:
         config = read_config(str(ROOT / "tests/recipes/tiny.yaml"))
         identities = stage_identities(config, flow_of(config))
         kept = {
-            "batch_tokens": 4096,
+            "batch_tokens": 2048,
             "dtype": "float32",
             "engine": "transformers",
             "generation_chunk": 4,
@@ -392,6 +392,7 @@ def rows_of(*conversations: tuple[str, str]) -> pa.Table:
     return pa.table(
         {
             "id": [row_id(messages, None) for messages in turns],  # type: ignore[arg-type]
+            "source": pa.array(["questions"] * len(turns), pa.string()),
             "messages": pa.array(turns, MESSAGES),
             "answer": pa.array([None] * len(turns), pa.string()),
         }
