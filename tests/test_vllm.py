@@ -259,6 +259,34 @@ def test_a_killed_engine_is_an_error_for_every_call(student_tokenizer: Any) -> N
 
 
 @with_vllm
+def test_a_run_with_a_teacher_on_vllm(recipe: Any) -> None:
+    """Its chunks are committed to the cache, and every row has an outcome."""
+    from pipeline.config import read_config
+    from pipeline.runner import Run
+    from stages.storage import Store
+
+    recipe.value["models"]["teacher"] |= {"engine": "vllm", "max_length": 512}
+    for section in ("difficulty", "dictionary", "features", "embedding", "mixture"):
+        del recipe.value[section]
+    recipe.value["targets"], recipe.value["selection"] = [], {}
+    before = descendants()
+    run = Run(read_config(recipe.save()), lambda _: None)
+    assert run.identities["reflection"]["models"]["teacher"]["numerics"]["vllm"]
+    run.execute("ingest")
+    run.execute("reflection")
+    assert descendants() == before
+    statuses = run.store.read_json("reflection/manifest.json")["counts"]
+    assert statuses == {"ok": 19}
+    cache = Store(recipe.value["execution"]["cache"])
+    (folder,) = cache.names()
+    files = [cache.read_table(f"{folder}/{name}", ["key"]) for name in cache.names(folder)]
+    assert len(files) >= 10
+    assert max(file.num_rows for file in files) == 4
+    keys = [key for file in files for key in file["key"].to_pylist()]
+    assert len(keys) == len(set(keys)) >= 2 * 19
+
+
+@with_vllm
 def test_the_engine_dies_with_its_owner() -> None:
     code = (
         "from stages.engines.settings import ModelSettings\n"
