@@ -46,7 +46,7 @@ class Backend(Protocol):
 
 
 class LocalBackend:
-    """Everything in this process, one call of an engine at a time."""
+    """Everything in this process; an engine takes one call at a time, vLLM several."""
 
     def __init__(self, make: Callable[[str, ModelSettings], Any] = make_engine) -> None:
         """Keep how engines are made."""
@@ -64,10 +64,16 @@ class LocalBackend:
         for key, spec in wanted.items():
             if key not in self._engines:
                 self._engines[key] = self._make(spec.kind, spec.settings)
-        self._roles = {
-            role: handle_of(self._engines[spec.kind, spec.model], spec.settings)
-            for role, spec in engines.items()
+        # One handle an engine, also where two roles share it: a handle is what bounds its calls.
+        handles = {
+            key: handle_of(
+                self._engines[key],
+                spec.settings,
+                placements.get(spec.model, Placement()).chunks_in_flight,
+            )
+            for key, spec in wanted.items()
         }
+        self._roles = {role: handles[spec.kind, spec.model] for role, spec in engines.items()}
 
     async def shard(self, task: ShardTask) -> ShardReport:
         """Compute and commit one shard."""

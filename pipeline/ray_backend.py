@@ -15,7 +15,7 @@ import os
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
@@ -24,40 +24,66 @@ from pipeline.backend import FitTask
 from pipeline.config import Placement
 from pipeline.shard import ShardReport, ShardTask, compute_shard
 from stages.base import Artifact, EngineSpec
-from stages.engines.local import make_engine
+from stages.engines.local import LocalHandle, make_engine, takes_calls_together
 from stages.errors import EngineError, StageError, TamisError
 
 if TYPE_CHECKING:
     from ray.actor import ActorClass
 
 _RESTARTS = 3
+_AT_HAND = 2
+"""Calls that an engine which takes one at a time is sent: that one, and the next."""
 
-Pools = dict[str, list[Any]]
-"""Engine actors by role."""
+
+class Pool(NamedTuple):
+    """Engine actors of a role, and how they are asked.
+
+    Attributes:
+        actors: the replicas.
+        calls: how many one replica is sent at once.
+        in_turn: whether a call waits until no other engine takes the cores.
+    """
+
+    actors: list[Any]
+    calls: int
+    in_turn: bool
+
+
+Pools = dict[str, Pool]
+"""By role."""
 
 
 @ray.remote(max_restarts=_RESTARTS, max_task_retries=_RESTARTS)
 class EngineActor:
     """Holds one model."""
 
-    def __init__(self, spec: EngineSpec, tensor_parallel: int) -> None:
+    def __init__(self, spec: EngineSpec, placement: Placement) -> None:
         """Keep what to load: a restarted actor loads it again at its next call."""
         self._spec = spec
-        self._tensor_parallel = tensor_parallel
+        self._placement = placement
+        self._loading = asyncio.Lock()
         self._engine: Any = None
+        self._handle: Any = None
 
-    def load(self) -> int:
+    async def load(self) -> int:
         """Load the model; the process id."""
-        if self._engine is None:
-            self._engine = make_engine(self._spec.kind, self._spec.settings, self._tensor_parallel)
+        async with self._loading:
+            if self._engine is None:
+                self._engine = await asyncio.to_thread(
+                    make_engine,
+                    self._spec.kind,
+                    self._spec.settings,
+                    self._placement.tensor_parallel,
+                )
+                self._handle = LocalHandle(self._engine, self._placement.chunks_in_flight)
         return os.getpid()
 
-    def call(self, method: str, *args: Any) -> Any:
+    async def call(self, method: str, *args: Any) -> Any:
         """Call a method of the engine."""
-        self.load()
-        return getattr(self._engine, method)(*args)
+        await self.load()
+        return await getattr(self._handle, method)(*args)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Release the model and end what it started."""
         if self._engine is not None:
             self._engine.close()
@@ -67,11 +93,12 @@ class EngineActor:
 class PoolHandle:
     """A pool of engine actors behind awaitable methods; calls go to the least busy actor."""
 
-    def __init__(self, actors: list[Any], turn: asyncio.Lock | None) -> None:
-        """Keep the actors, and the lock where engines share the cores."""
-        self._actors = actors
-        self._busy = [0] * len(actors)
-        self._turn = turn
+    def __init__(self, pool: Pool, turn: asyncio.Lock) -> None:
+        """Keep the actors, and the lock of the engines that share the cores."""
+        self._actors = pool.actors
+        self._busy = [0] * len(pool.actors)
+        # A call waits here until an actor has room: sent at once, it would wait at one of them.
+        self._room = turn if pool.in_turn else asyncio.Semaphore(pool.calls * len(pool.actors))
 
     def __getattr__(self, method: str) -> Any:
         """The engines' method."""
@@ -79,9 +106,7 @@ class PoolHandle:
             raise AttributeError(method)
 
         async def call(*args: Any) -> Any:
-            if self._turn is None:
-                return await self._call(method, args)
-            async with self._turn:
+            async with self._room:
                 return await self._call(method, args)
 
         return call
@@ -99,15 +124,14 @@ class PoolHandle:
 class ShardWorker:
     """Reads, computes and commits shards; asks the engine pools for all model work."""
 
-    def __init__(self, in_turn: bool, endpoints: Mapping[str, EngineSpec]) -> None:
-        """Keep how engines are asked.
+    def __init__(self, endpoints: Mapping[str, EngineSpec]) -> None:
+        """Keep how endpoints are asked.
 
         Args:
-            in_turn: one engine at a time takes the cores.
             endpoints: what is asked over HTTP, by role: with no model to hold, it is asked from
                 here, and its connections end with this process.
         """
-        self._turn = asyncio.Lock() if in_turn else None
+        self._turn = asyncio.Lock()
         self._endpoints = endpoints
         self._handles: dict[str, Any] = {}
 
@@ -125,7 +149,7 @@ class ShardWorker:
             models = {spec.model: spec for spec in self._endpoints.values()}
             asked = {name: make_engine(spec.kind, spec.settings) for name, spec in models.items()}
             endpoints = {role: asked[spec.model] for role, spec in self._endpoints.items()}
-            placed = {role: PoolHandle(found, self._turn) for role, found in pools.items()}
+            placed = {role: PoolHandle(pool, self._turn) for role, pool in pools.items()}
             self._handles = {**placed, **endpoints}
         return self._handles
 
@@ -165,15 +189,10 @@ class RayBackend:
                 await self._open_pool(key, spec, placements.get(spec.model, Placement()))
         if self._worker is not None:
             ray.kill(self._worker)
-        self._roles = {role: self._pools[spec.kind, spec.model] for role, spec in placed.items()}
-        in_turn = all(
-            placements.get(spec.model, Placement()).gpus == 0
-            and placements.get(spec.model, Placement()).cpus is None
-            for spec in placed.values()
-        )
+        self._roles = self._pools_of(placed, placements)
         worker_class = cast("ActorClass[ShardWorker]", ShardWorker)
         concurrency = max(2, self._in_flight)
-        self._worker = worker_class.options(max_concurrency=concurrency).remote(in_turn, endpoints)
+        self._worker = worker_class.options(max_concurrency=concurrency).remote(endpoints)
 
     async def shard(self, task: ShardTask) -> ShardReport:
         """Compute and commit one shard."""
@@ -193,6 +212,21 @@ class RayBackend:
             ray.kill(self._worker)
         if self._started:
             ray.shutdown()
+
+    def _pools_of(
+        self, engines: Mapping[str, EngineSpec], placements: Mapping[str, Placement]
+    ) -> Pools:
+        placed = {spec.model: placements.get(spec.model, Placement()) for spec in engines.values()}
+        share_cores = all(place.gpus == 0 and place.cpus is None for place in placed.values())
+        pools = {}
+        for role, spec in engines.items():
+            together = takes_calls_together(spec.kind, spec.settings)
+            pools[role] = Pool(
+                self._pools[spec.kind, spec.model],
+                calls=placed[spec.model].chunks_in_flight if together else _AT_HAND,
+                in_turn=share_cores and not together,
+            )
+        return pools
 
     def _connect(self) -> None:
         if ray.is_initialized():
@@ -236,9 +270,7 @@ class RayBackend:
         actor_class = cast("ActorClass[EngineActor]", EngineActor).options(
             num_cpus=placement.cpus or 0, num_gpus=placement.gpus
         )
-        actors: list[Any] = [
-            actor_class.remote(spec, placement.tensor_parallel) for _ in range(placement.replicas)
-        ]
+        actors: list[Any] = [actor_class.remote(spec, placement) for _ in range(placement.replicas)]
         self._pools[key] = actors
         ready = [actor.__ray_ready__.remote() for actor in actors]
         done, waiting = await asyncio.to_thread(

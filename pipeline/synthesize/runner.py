@@ -14,12 +14,11 @@ import os
 import platform
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline import __version__
 from pipeline.config import changed_fields
-from pipeline.identity import endpoint_identity
+from pipeline.identity import endpoint_identity, library_version
 from pipeline.rundir import MANIFEST, RunLock
 from pipeline.synthesize.config import SynthesisConfig
 from stages.engines import Sampling
@@ -213,7 +212,7 @@ class _Synthesis:
             "settings": self._config.portable_recipe["models"][name],
             "weights": model_identity(settings.model),
             "numerics": {
-                **{library: version(library) for library in libraries},
+                **{library: library_version(library) for library in libraries},
                 "machine": platform.machine(),
                 "device": "cuda" if on_gpu else "cpu",
                 **({} if on_gpu else {"threads": threads_of(settings)}),

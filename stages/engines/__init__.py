@@ -57,7 +57,15 @@ class ScoreRequest(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How text is drawn. Temperature 0 is greedy; `schema` is a JSON schema that it has to meet."""
+    """How text is drawn. Temperature 0 is greedy.
+
+    Attributes:
+        max_new_tokens: a longer text is cut.
+        temperature: of the softmax.
+        top_p: mass of the nucleus.
+        schema: a JSON schema, as JSON text, that the text keeps to; None: free text. An engine that
+            can't keep to one refuses it.
+    """
 
     max_new_tokens: int
     temperature: float = 0.0

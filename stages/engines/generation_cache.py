@@ -1,11 +1,12 @@
 """Generations, kept by content and shared between runs.
 
 A completion is found by the hash of all that determines it: model, numerics, prompt ids, sampling,
-seed. One file holds one chunk, written whole; a chunk that was in flight at a kill is asked again.
+seed. One file holds one chunk, written whole; chunks that were in flight at a kill are asked again.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Sequence
 
@@ -16,7 +17,10 @@ from stages.storage import Store
 
 
 class CachedGenerator:
-    """A TextGenerator that asks its engine only for what the cache doesn't hold, chunk by chunk."""
+    """A TextGenerator that asks its engine only for what the cache doesn't hold, chunk by chunk.
+
+    All chunks are asked for at once: how many are in flight is for the engine's handle to say.
+    """
 
     def __init__(self, generator: TextGenerator, store: Store, identity: str, chunk: int) -> None:
         """Wrap a generator.
@@ -35,16 +39,24 @@ class CachedGenerator:
     async def generate(
         self, requests: Sequence[GenerationRequest], sampling: Sampling
     ) -> list[Completion]:
-        """One completion a request, in input order; new ones are committed chunk by chunk."""
+        """One completion a request, in input order; a chunk is committed as soon as it is done."""
         keys = [self._key(request, sampling) for request in requests]
         found = self._files.read(keys)
         missing = [place for place, key in enumerate(keys) if key not in found]
-        for start in range(0, len(missing), self._chunk):
-            chunk = missing[start : start + self._chunk]
+
+        async def make(chunk: Sequence[int]) -> None:
             completions = await self._generator.generate([requests[i] for i in chunk], sampling)
             made = dict(zip((keys[i] for i in chunk), completions, strict=True))
             self._files.write(made)
-            found |= made
+            found.update(made)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for start in range(0, len(missing), self._chunk):
+                    group.create_task(make(missing[start : start + self._chunk]))
+        except ExceptionGroup as failures:
+            # The first failure cancels the rest; theirs say nothing more.
+            raise failures.exceptions[0] from None
         return [found[key] for key in keys]
 
     def _key(self, request: GenerationRequest, sampling: Sampling) -> str:

@@ -226,7 +226,7 @@ class ModelSettings(BaseModel):
     @property
     def takes_schema(self) -> bool:
         """Whether replies can be held to a JSON schema."""
-        return self.endpoint is not None and self.endpoint.json_schema
+        return self.endpoint.json_schema if self.endpoint else self.engine == "vllm"
 
 
 _LOCAL_FIELDS = ("dtype", "trust_remote_code", "max_length", "batch_tokens", "threads")
