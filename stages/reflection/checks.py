@@ -19,7 +19,6 @@ from stages.reflection.record import ReflectedRow
 from stages.rows import messages_of
 from stages.storage import Store
 
-
 _TELLING_WORDS = 13
 """Words from which on an answer can be told from any other: `yes` and `42` answer much else."""
 
