@@ -117,9 +117,9 @@ class ReflectedRow:
         return "failed" if self.error is not None else self.standing
 
     def values(self) -> dict[str, Any]:
-        """The columns that describe one exchange; a failed one has its outcome alone."""
+        """The columns that describe one exchange; a failed one has its outcome and why."""
         if self.error is not None:
-            return {"reflection_outcome": self.outcome}
+            return {"reflection_outcome": self.outcome, "error": str(self.error)}
         found = {name: self.versions.get(_VERSIONS[name]) for name in _VERSIONS}
         found["effective"] = self.current
         scores: dict[str, Any] = {}
@@ -287,10 +287,8 @@ def added_schema(settings: ReflectionSettings) -> pa.Schema:
         pa.field("answer_effective", pa.string()),
     ]
     if settings.turns == "every":
-        inner = [
-            *(pa.field(_bare(name), pa.string()) for name in labels),
-            *numbers,
-        ]
+        texts = (*map(_bare, labels), "error")
+        inner = [*(pa.field(name, pa.string()) for name in texts), *numbers]
         fields.append(pa.field("reflection_exchanges", pa.list_(pa.struct(inner))))
     return pa.schema(fields)
 
