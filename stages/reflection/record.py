@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from stages.errors import RowError
 from stages.pass_rate.checks import Check
-from stages.reflection import decision
+from stages.reflection.decision import VersionName
 from stages.reflection.parsing import Rewrite
 from stages.reflection.settings import ReflectionSettings
 from stages.rows import LABEL, MESSAGES, OK, Message, instruction, response, status_field
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Outcome = Literal["both", "instruction", "response", "none", "failed"]
 
-_VERSIONS: dict[str, decision.Version] = {
+_VERSIONS: dict[str, VersionName] = {
     "before": "none",
     "instruction": "instruction",
     "response": "response",
@@ -72,10 +72,10 @@ class ReflectedRow:
 
     id: str
     check: Check
-    versions: dict[decision.Version, Version]
-    standing: decision.Version = "none"
+    versions: dict[VersionName, Version]
+    standing: VersionName = "none"
     error: RowError | None = None
-    refused: dict[decision.Version, str] = field(default_factory=dict)
+    refused: dict[VersionName, str] = field(default_factory=dict)
     instruction_result: str | None = None
     response_result: str | None = None
     teacher_prompt_tokens: int = 0
@@ -102,7 +102,7 @@ class ReflectedRow:
         return self.current.exchange
 
     @property
-    def offer(self) -> decision.Version:
+    def offer(self) -> VersionName:
         """What a new response to the instruction that stands makes of the row."""
         return "both" if self.standing in ("instruction", "both") else "response"
 
