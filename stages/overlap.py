@@ -16,8 +16,8 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
-LONGEST_GRAM = 13
-SHORTEST_GRAM = 8
+_LONGEST = 13
+_SHORTEST = 8
 
 # Kana, Han, Thai, Lao, Burmese and Khmer are written without spaces: there a character is a word.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
@@ -53,8 +53,8 @@ class OverlapIndex:
             place = len(self._texts)
             self._texts.append((name, text))
             self._whole.setdefault(_key(words), place)
-            length = min(len(words), LONGEST_GRAM)
-            if length >= SHORTEST_GRAM:
+            length = min(len(words), _LONGEST)
+            if length >= _SHORTEST:
                 lengths.add(length)
                 for gram in _grams(words, length):
                     self._grams.setdefault(gram, place)

@@ -338,3 +338,36 @@ def test_real_model() -> None:
         if row["reflection_outcome"] == "response":
             losses = [row[f"reverse_loss_{name}"] for name in ("effective", "response", "before")]
             assert losses[0] == losses[1] < losses[2]
+
+
+def test_read_losses_are_those_of_the_real_model() -> None:
+    """Over the same rows difficulty and reflection ask alike, so every bit agrees."""
+    from stages.difficulty.settings import DifficultySettings
+    from stages.difficulty.stage import DifficultyStage
+    from stages.engines.local import LocalHandle
+    from stages.engines.scorer import TransformersScorer
+
+    questions = ["Name a fruit.", "What is 2 + 3? Explain it.", "Name a river in Europe.", "Hi"]
+    replies = ["Apple, or pear.", "It is 5, since 2 and 3 make 5.", "The Rhine.", "Hello there!"]
+    rows = table([chat(q, a) for q, a in zip(questions, replies, strict=True)])
+    models = {"teacher": SMALL, "student": SMALL}
+    scorer = LocalHandle(TransformersScorer(SMALL))
+    engines = {"student": scorer, "teacher": FakeTeacher(lambda prompt: "No idea.")}
+    settings = ReflectionSettings(max_new_tokens=64)
+
+    async def process() -> list[pa.Table]:
+        difficulty = DifficultyStage(DifficultySettings(), models)
+        scored = await difficulty.process(rows, {"student": scorer}, {})
+        beside = rows
+        for name in scored.column_names:
+            beside = beside.append_column(name, scored[name])
+        reading = ReflectionStage(settings, models, 0, difficulty=DifficultySettings())
+        computing = ReflectionStage(settings, models, 0)
+        return [
+            await stage.process(given.select(list(stage.columns().needs)), engines, {})
+            for stage, given in ((reading, beside), (computing, rows))
+        ]
+
+    read, computed = asyncio.run(process())
+    assert read["ifd_before"].null_count == 0
+    assert read.equals(computed)

@@ -173,6 +173,15 @@ class TestGrid:
                 expected = "instruction" if harder and ifd < 0 else "none"
             assert row["reflection_outcome"] == expected, (pair, offer)
 
+    def test_sequential_mode_differs_only_after_a_pair_that_does_not_fit(self) -> None:
+        grid, sequential = (reflected(mode=mode, max_rifd=1.0) for mode in ("grid", "sequential"))
+        differing = {
+            pair
+            for (pair, _), one, other in zip(CASES, grid, sequential, strict=True)
+            if one["texts"] != other["texts"]
+        }
+        assert differing == {"misfit"}
+
     def test_all_versions_are_scored_and_asked_for(self) -> None:
         rewrites = {"Q": Rewrite("Q, harder", "B")}
         teacher = FakeTeacher(rewriting(rewrites, {"A": "C", "B": "D"}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from reflection_fakes import tagged
@@ -187,3 +188,78 @@ class TestParsingResponses:
     def test_json(self, text: str, expected: Rewrite | str) -> None:
         result = parse_instruction_reply(text, "stop", "json", OLD, PROMPTS)
         assert (result.code if isinstance(result, ParseFailure) else result) == expected
+
+
+class TestFaultsOfThePublishedParser:
+    """What its parser takes for a rewrite and isn't one, or cuts, or refuses without reason."""
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            # It refuses "N/A" anywhere in an answer and "your answer" anywhere in a text.
+            tagged("State your answer in one line.", "Write N/A where your instruction is void."),
+            # It ends a response at any "End", so these are empty or cut.
+            tagged("What is rare?", "Endangered species.\n[End]\nEnd of the list."),
+            # It counts tags in prose, and takes the prose between them.
+            "I will write [Better Answer] and <new_response> below.\n" + tagged("A?", "B."),
+            "Both <new_instruction> and </new_instruction> are below.\n" + tagged("A?", "B."),
+            # It strips numbering from the end of an instruction.
+            tagged("Complete the list:\n1. a\n2. b\n\n3.", "c"),
+            tagged("A?", "B.").replace("\n", "\r\n"),
+        ],
+    )
+    def test_good_replies(self, text: str) -> None:
+        new = parse_instruction_reply(text, "stop", "tagged", OLD, PROMPTS)
+        assert isinstance(new, Rewrite)
+        # Both parts whole, and nothing else.
+        assert tagged(*new) == text.replace("\r\n", "\n")[-len(tagged(*new)) :]
+
+    @pytest.mark.parametrize(
+        ("text", "finish_reason", "code"),
+        [
+            # It falls back field by field: a new instruction beside the old answer.
+            (tagged(instruction="A?"), "stop", "missing_tag"),
+            (tagged(response="B."), "stop", "missing_tag"),
+            (tagged("A?", "N/A"), "stop", "placeholder"),
+            (tagged("A?", "your answer"), "stop", "placeholder"),
+            # It takes the end of the text for the end of an answer.
+            (tagged("A?") + "\n<new_response>\nB, which is cut o", "length", "truncated"),
+            (tagged("A?") + "\n<new_response>\nB without an end", "stop", "missing_tag"),
+            (tagged("A?", "B."), "length", "truncated"),
+            # It takes a stretch of text between two tags.
+            (tagged("A?", "B.") + "\n" + tagged(response="C."), "stop", "repeated_tag"),
+            ("<new_response>\nor so.\n" + tagged("A?", "B."), "stop", "repeated_tag"),
+        ],
+    )
+    def test_bad_replies(self, text: str, finish_reason: Any, code: str) -> None:
+        result = parse_instruction_reply(text, finish_reason, "tagged", OLD, PROMPTS)
+        assert isinstance(result, ParseFailure)
+        assert result.code == code
+
+
+class TestThinking:
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("<think>\nHm.\n</think>\n\nA pear.", "A pear."),
+            # The chat template opened it, so only its end is there.
+            ("Hm.\nOr so.\n</think>\n\nA pear.", "A pear."),
+            ("</think>\nA pear.", "A pear."),
+            ("The tags <think>and</think> mark it.", "The tags <think>and</think> mark it."),
+            ("<think>\nHm, and no end", "unclear_thinking"),
+            ("Hm, so it is.</think>A pear.", "unclear_thinking"),
+            ("Close it with </think> and go on.", "unclear_thinking"),
+            ("<think>\nHm.\n</think>\n", "empty"),
+        ],
+    )
+    def test_reasoning_is_no_part_of_a_rewrite(self, text: str, expected: str) -> None:
+        result = parse_response_reply(text, "stop", "whole", OLD, PROMPTS)
+        assert (result.code if isinstance(result, ParseFailure) else result) == expected
+
+    def test_drafts_in_the_reasoning_do_not_count(self) -> None:
+        text = tagged("draft", "draft") + "\n</think>\n" + tagged(*NEW)
+        assert parse_instruction_reply(text, "stop", "tagged", OLD, PROMPTS) == NEW
+        unclosed = "<think>\n" + tagged(*NEW)
+        result = parse_instruction_reply(unclosed, "stop", "tagged", OLD, PROMPTS)
+        assert isinstance(result, ParseFailure)
+        assert result.code == "unclear_thinking"

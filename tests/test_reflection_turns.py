@@ -92,6 +92,7 @@ def test_an_exchange_that_calls_a_tool_is_left_and_the_others_are_not() -> None:
         *("Q1", "A1", "3", "It is 3.", "Q2", "C2")
     ]
     assert [part["outcome"] for part in row["reflection_exchanges"]] == ["failed", "response"]
+    assert row["reflection_exchanges"][0]["error"].startswith("tool_call")
     assert only["reflection_status"].startswith("failed: tool_call")
     # The last turn is the user's: the exchange before it is reflected on all the same.
     assert open_["reflection_status"] == "ok"

@@ -12,12 +12,15 @@ from functools import lru_cache
 
 import pyarrow as pa
 
-from stages.overlap import LONGEST_GRAM, OverlapIndex, normalised
+from stages.overlap import OverlapIndex, normalised
 from stages.pass_rate.checker import AnswerChecker
 from stages.pass_rate.checks import Case
 from stages.reflection.record import ReflectedRow
 from stages.rows import messages_of
 from stages.storage import Store
+
+_TELLING_WORDS = 13
+"""Words from which on an answer can be told from any other: `yes` and `42` answer much else."""
 
 
 class RewriteChecks:
@@ -74,12 +77,13 @@ def unseen_texts(targets: pa.Table) -> Iterator[tuple[str, str]]:
     """
     for name, messages in zip(targets["source"].to_pylist(), messages_of(targets), strict=True):
         for turn in messages or []:
-            # A rewrite may well answer `42` or `yes`, as a target does.
-            spoken = turn["role"] == "assistant"
-            if turn["role"] == "user" or (
-                spoken and len(normalised(turn["content"]).split()) >= LONGEST_GRAM
-            ):
+            telling = turn["role"] == "assistant" and _words(turn["content"]) >= _TELLING_WORDS
+            if turn["role"] == "user" or telling:
                 yield name, turn["content"]
+
+
+def _words(text: str) -> int:
+    return len(normalised(text).split())
 
 
 @lru_cache(maxsize=2)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Reason = Literal[
     "accepted", "rejected_by_student", "tie", "misaligned", "uninformative", "too_long", "unscored"
 ]
-Version = Literal["none", "instruction", "response", "both"]
+VersionName = Literal["none", "instruction", "response", "both"]
 """Which texts of an exchange are the teacher's."""
 
 
@@ -117,7 +117,7 @@ class Scores(NamedTuple):
 class GridChoice(NamedTuple):
     """The version that stands, and the verdicts on its instruction and its response."""
 
-    version: Version
+    version: VersionName
     instruction: Reason
     response: Reason
 

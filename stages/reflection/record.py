@@ -12,7 +12,7 @@ import pyarrow as pa
 from stages.engines import Usage
 from stages.errors import RowError
 from stages.pass_rate.checks import Check
-from stages.reflection import decision
+from stages.reflection.decision import VersionName
 from stages.reflection.parsing import Rewrite
 from stages.reflection.settings import ReflectionSettings
 from stages.rows import LABEL, MESSAGES, OK, Message, instruction, response, status_field
@@ -24,7 +24,7 @@ _NO_TOKENS = Usage(0, 0)
 
 Outcome = Literal["both", "instruction", "response", "none", "failed"]
 
-_VERSIONS: dict[str, decision.Version] = {
+_VERSIONS: dict[str, VersionName] = {
     "before": "none",
     "instruction": "instruction",
     "response": "response",
@@ -77,10 +77,10 @@ class ReflectedRow:
 
     id: str
     check: Check
-    versions: dict[decision.Version, Version]
-    standing: decision.Version = "none"
+    versions: dict[VersionName, Version]
+    standing: VersionName = "none"
     error: RowError | None = None
-    refused: dict[decision.Version, str] = field(default_factory=dict)
+    refused: dict[VersionName, str] = field(default_factory=dict)
     instruction_result: str | None = None
     response_result: str | None = None
     unanswered: RowError | None = None
@@ -111,7 +111,7 @@ class ReflectedRow:
         return self.current.exchange
 
     @property
-    def offer(self) -> decision.Version:
+    def offer(self) -> VersionName:
         """What a new response to the instruction that stands makes of the row."""
         return "both" if self.standing in ("instruction", "both") else "response"
 
@@ -126,9 +126,9 @@ class ReflectedRow:
         return "failed" if self.error is not None else self.standing
 
     def values(self) -> dict[str, Any]:
-        """The columns that describe one exchange; a failed one has its outcome alone."""
+        """The columns that describe one exchange; a failed one has its outcome and why."""
         if self.error is not None:
-            return {"reflection_outcome": self.outcome}
+            return {"reflection_outcome": self.outcome, "error": str(self.error)}
         found = {name: self.versions.get(_VERSIONS[name]) for name in _VERSIONS}
         found["effective"] = self.current
         scores: dict[str, Any] = {}
@@ -305,10 +305,8 @@ def added_schema(settings: ReflectionSettings) -> pa.Schema:
         pa.field("answer_effective", pa.string()),
     ]
     if settings.turns == "every":
-        inner = [
-            *(pa.field(_bare(name), pa.string()) for name in labels),
-            *numbers,
-        ]
+        texts = (*map(_bare, labels), "error")
+        inner = [*(pa.field(name, pa.string()) for name in texts), *numbers]
         fields.append(pa.field("reflection_exchanges", pa.list_(pa.struct(inner))))
     return pa.schema(fields)
 
