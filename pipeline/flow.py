@@ -18,6 +18,7 @@ from stages.features.stage import FeaturesStage
 from stages.mixture.stage import MixtureStage, Supply
 from stages.pass_rate.stage import PassRateStage
 from stages.reasoning.stage import ReasoningStage
+from stages.reflection.probe import RepliesStage
 from stages.reflection.stage import ReflectionStage
 from stages.rows import ROWS
 from stages.rules import rule_columns
@@ -43,6 +44,7 @@ ORDER = (
     "allocation",
     "rollouts",
     "reasoning",
+    "replies",
     "reflection",
     "dictionary",
     "features",
@@ -114,6 +116,8 @@ def flow_of(config: Config) -> Flow:
         rows["rollouts"] = RolloutsStage(config.rollouts, config.pass_rate, models, config.seed)
     if config.reasoning:
         rows["reasoning"] = ReasoningStage(config.reasoning, models, config.seed)
+    if config.reflection and config.reflection.reply == "auto":
+        fits["replies"] = RepliesStage(config.reflection, models, config.seed)
     if config.reflection:
         rows["reflection"] = ReflectionStage(
             config.reflection,

@@ -114,7 +114,7 @@ def reflect(
     **settings: object,
 ) -> list[dict[str, Any]]:
     stage = ReflectionStage(
-        ReflectionSettings.model_validate({"max_new_tokens": 64, **settings}),
+        ReflectionSettings.model_validate({"reply": "tagged", "max_new_tokens": 64, **settings}),
         models or {"teacher": SMALL, "student": SMALL},
         seed=7,
     )

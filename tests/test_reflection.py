@@ -353,7 +353,7 @@ def test_read_losses_are_those_of_the_real_model() -> None:
     models = {"teacher": SMALL, "student": SMALL}
     scorer = LocalHandle(TransformersScorer(SMALL))
     engines = {"student": scorer, "teacher": FakeTeacher(lambda prompt: "No idea.")}
-    settings = ReflectionSettings(max_new_tokens=64)
+    settings = ReflectionSettings(reply="tagged", max_new_tokens=64)
 
     async def process() -> list[pa.Table]:
         difficulty = DifficultyStage(DifficultySettings(), models)

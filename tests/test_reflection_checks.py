@@ -142,7 +142,7 @@ def test_a_rewrite_that_brings_in_a_target_is_refused_with_the_name_of_the_set(
     ifd = {text: -0.5 if text.startswith("A") else -0.3 for text in texts}
     rifd = {text: -0.9 if text.startswith("C") else -0.1 for text in texts}
     stage = ReflectionStage(
-        ReflectionSettings(max_new_tokens=64),
+        ReflectionSettings(reply="tagged", max_new_tokens=64),
         {"teacher": SMALL, "student": SMALL},
         seed=0,
         targets=True,

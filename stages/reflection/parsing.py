@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 from stages.engines import FinishReason
 from stages.engines.chat import ChatCode
 from stages.reflection.prompts import INSTRUCTION_TAG, RESPONSE_TAG, Prompts, squeezed
-from stages.reflection.settings import Reply
+from stages.reflection.settings import Form
 
 FailureCode = (
     ChatCode
@@ -96,7 +96,7 @@ def parse_whole_answer(
 
 
 def parse_response_reply(
-    text: str, finish_reason: FinishReason, reply: Reply, original: Rewrite, prompts: Prompts
+    text: str, finish_reason: FinishReason, reply: Form, original: Rewrite, prompts: Prompts
 ) -> str | ParseFailure:
     """Phase 2: a new response to the same instruction.
 
@@ -117,7 +117,7 @@ def parse_response_reply(
 def _parts(
     text: str,
     finish_reason: FinishReason,
-    reply: Reply,
+    reply: Form,
     names: tuple[str, ...],
     prompts: Prompts,
 ) -> list[str] | ParseFailure:

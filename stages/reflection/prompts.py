@@ -19,7 +19,7 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from stages.base import Settings
 from stages.errors import ConfigError
-from stages.reflection.settings import Reply
+from stages.reflection.settings import Form
 from stages.rows import Message, canonical_json, instruction, response
 from stages.storage import read_file
 
@@ -120,7 +120,7 @@ class Prompts(Settings):
         )
         return tuple(dict.fromkeys(text for text in sentences if len(text) >= 30))
 
-    def instruction_prompt(self, messages: Sequence[Message], reply: Reply) -> list[Message]:
+    def instruction_prompt(self, messages: Sequence[Message], reply: Form) -> list[Message]:
         """Phase 1: ask for a harder instruction and, but for `whole`, its response."""
         if reply != "whole":
             parts = {INSTRUCTION_TAG: self.new_instruction, RESPONSE_TAG: self.new_answer}
@@ -138,7 +138,7 @@ class Prompts(Settings):
         asked = self.whole_answer.format(instruction=instruction(messages))
         return [*_before(messages), _user(asked)]
 
-    def response_prompt(self, messages: Sequence[Message], reply: Reply) -> list[Message]:
+    def response_prompt(self, messages: Sequence[Message], reply: Form) -> list[Message]:
         """Phase 2: ask for a better response to the same instruction; the teacher sees the old."""
         if reply == "whole":
             return [*messages, _user(self.whole_response.format())]
@@ -146,7 +146,7 @@ class Prompts(Settings):
         return [_user(self._exchange(self.response, messages, reply, parts))]
 
     def _exchange(
-        self, text: str, messages: Sequence[Message], reply: Reply, parts: dict[str, str]
+        self, text: str, messages: Sequence[Message], reply: Form, parts: dict[str, str]
     ) -> str:
         return text.format(
             context=_filled(self.context, messages),
@@ -155,7 +155,7 @@ class Prompts(Settings):
             form=self._form(reply, parts),
         ).strip()
 
-    def _form(self, reply: Reply, parts: dict[str, str]) -> str:
+    def _form(self, reply: Form, parts: dict[str, str]) -> str:
         if reply == "json":
             keys = (f'"{name}" ({stand_in.format()})' for name, stand_in in parts.items())
             return self.json_form.format(parts=", ".join(keys))

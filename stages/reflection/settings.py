@@ -10,7 +10,8 @@ from pydantic import Field
 from stages.base import RowSettings
 from stages.pass_rate.checks import Check
 
-Reply = Literal["tagged", "json", "whole"]
+Form = Literal["tagged", "json", "whole"]
+Reply = Form | Literal["auto"]
 Phases = Literal["both", "instruction", "response"]
 
 
@@ -45,10 +46,11 @@ class ReflectionSettings(RowSettings):
         "replaced (the paper).",
     )
     reply: Reply = Field(
-        default="tagged",
+        default="auto",
         description="Form of the teacher's reply. tagged: a critique, then the rewrite between "
         "tags; json: one JSON object; whole: the rewrite and nothing else, instruction and "
-        "response asked for one at a time, for small teachers that keep to no format.",
+        "response asked for one at a time, for small teachers that keep to no format; auto: that "
+        "of which most could be read when a few rows were tried (the stage `replies`).",
     )
     prompts: str | None = Field(
         default=None,

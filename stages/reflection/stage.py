@@ -18,6 +18,7 @@ from stages.pass_rate.checker import AnswerChecker
 from stages.reflection.checks import RewriteChecks, target_index, targets_digest
 from stages.reflection.grid import reflect_in_grid
 from stages.reflection.offers import Offers
+from stages.reflection.probe import REPLIES, probed_form
 from stages.reflection.prompts import read_prompts
 from stages.reflection.record import (
     ReflectedConversation,
@@ -105,8 +106,9 @@ class ReflectionStage:
         }
 
     def artifacts(self) -> tuple[str, ...]:
-        """The targets, where there are any."""
-        return (TARGETS,) if self._targets else ()
+        """The targets, where there are any, and the form of reply, where it has to be found."""
+        found = (REPLIES,) if self.settings.reply == "auto" else ()
+        return (*found, TARGETS) if self._targets else found
 
     def file_contents(self) -> Mapping[str, str]:
         """The prompts count by their texts, wherever their file lies."""
@@ -121,7 +123,11 @@ class ReflectionStage:
             StageError: more rewrites failed than `max_failed_share` allows.
         """
         settings = self.settings
-        teacher = Teacher(engines["teacher"], self._teacher, settings, self._prompts, self._seed)
+        reply = settings.reply
+        form = probed_form(artifacts[REPLIES]) if reply == "auto" else reply
+        teacher = Teacher(
+            engines["teacher"], self._teacher, settings, form, self._prompts, self._seed
+        )
         student = Student(
             engines["student"],
             cached_tokenizer(self._student),

@@ -21,7 +21,7 @@ from stages.reflection.parsing import (
 )
 from stages.reflection.prompts import INSTRUCTION_TAG, RESPONSE_TAG, Prompts, Purpose
 from stages.reflection.record import ReflectedRow
-from stages.reflection.settings import ReflectionSettings
+from stages.reflection.settings import Form, ReflectionSettings
 from stages.rows import Message, key_hash, with_turns
 
 
@@ -33,13 +33,14 @@ class Teacher:
         engine: Any,
         model: ModelSettings,
         settings: ReflectionSettings,
+        form: Form,
         prompts: Prompts,
         seed: int,
     ) -> None:
-        """Keep the engine, and how it is asked."""
+        """Keep the engine, and how it is asked; `form` is that of the replies."""
         self._chat = chat_generator(engine, model)
         self._takes_schema = model.takes_schema
-        self._reply = settings.reply
+        self._reply = form
         self._prompts = prompts
         self._sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p)
         self._seed = seed
