@@ -203,6 +203,19 @@ def test_a_refused_call_fails_alone(engine: VllmGenerator, student_tokenizer: An
 
 
 @with_vllm
+def test_prompts_of_more_tokens_than_vllm_takes_in_one_step(
+    engine: VllmGenerator, student_tokenizer: Any
+) -> None:
+    *_, story = requests(student_tokenizer)
+    prompt = (list(story.prompt) * 20)[:240]
+    # A CPU takes 4,096 by default. Other heads, so that no prefix is shared.
+    batch = [GenerationRequest([1000 + seed, *prompt], seed) for seed in range(24)]
+    together = generated(engine, batch, Sampling(max_new_tokens=6, temperature=0.9))
+    assert len({one.token_ids for one in together}) > 12
+    assert {one.finish_reason for one in together} <= {"stop", "length"}
+
+
+@with_vllm
 def test_refuses_what_exceeds_the_window_and_goes_on(
     engine: VllmGenerator, student_tokenizer: Any
 ) -> None:

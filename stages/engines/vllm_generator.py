@@ -43,7 +43,7 @@ class VllmGenerator:
         options = {
             "tensor_parallel_size": tensor_parallel,
             "gpu_memory_utilization": gpu_memory,
-            # A small model that may write spaces for ever does.
+            # Small models else write spaces without end between the parts of a reply.
             "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
         }
         with loading(settings, options) as self._engine:

@@ -52,6 +52,13 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 
+_ON_CPU = {
+    "enforce_eager": True,
+    # vLLM 0.32 dies where it splits the prompt of a seeded request between two steps: it turns the
+    # request's random generator back, which torch's on a CPU can't do.
+    "enable_chunked_prefill": False,
+}
+
 
 class Task(Protocol):
     """A call: requests to vLLM, and what is made of their outputs. Both happen in the child."""
@@ -343,7 +350,7 @@ class _Running:
     outputs: dict[int, Any] = field(default_factory=dict)
 
 
-def _serve(pipe: Connection, parent: int, threads: int | None, options: Mapping[str, Any]) -> None:
+def _serve(pipe: Connection, parent: int, threads: int | None, options: dict[str, Any]) -> None:
     """Load the engine and answer until told to end, or until the parent is gone."""
     os.setsid()
     _die_with(parent)
@@ -360,12 +367,9 @@ def _serve(pipe: Connection, parent: int, threads: int | None, options: Mapping[
         from vllm.platforms import current_platform
 
         step = "load"
-        engine = vllm.LLM(
-            **options,
-            seed=0,
-            enforce_eager=current_platform.is_cpu(),
-            use_tqdm_on_load=False,
-        ).llm_engine
+        if current_platform.is_cpu():
+            options = _ON_CPU | options
+        engine = vllm.LLM(**options, seed=0, use_tqdm_on_load=False).llm_engine
         step = "compute"
         try:
             pipe.send((_LOADING, None))
