@@ -27,6 +27,7 @@ from stages.features.settings import FeaturesSettings
 from stages.ingest.settings import IngestSettings
 from stages.mixture.settings import MixtureSettings
 from stages.pass_rate.settings import PassRateSettings
+from stages.prefixes.settings import PrefixesSettings
 from stages.reasoning.settings import ReasoningSettings
 from stages.reflection.settings import ReflectionSettings
 from stages.selection.settings import SelectionSettings
@@ -101,6 +102,7 @@ class Recipe(BaseModel):
     rollouts: RolloutsSettings | None = None
     reasoning: ReasoningSettings | None = None
     reflection: ReflectionSettings | None = None
+    prefixes: PrefixesSettings | None = None
     dictionary: DictionarySettings | None = None
     features: FeaturesSettings | None = None
     embedding: EmbeddingSettings | None = None
@@ -155,6 +157,7 @@ _MODEL_ROLES = (
     ("reasoning", "judge"),
     ("reflection", "teacher"),
     ("reflection", "student"),
+    ("prefixes", "model"),
     ("dictionary", "student"),
     ("features", "student"),
     ("embedding", "encoder"),

@@ -17,6 +17,7 @@ from stages.errors import ConfigError
 from stages.features.stage import FeaturesStage
 from stages.mixture.stage import MixtureStage, Supply
 from stages.pass_rate.stage import PassRateStage
+from stages.prefixes.stage import PrefixesStage
 from stages.reasoning.stage import ReasoningStage
 from stages.reflection.stage import ReflectionStage
 from stages.rows import ROWS
@@ -31,6 +32,7 @@ ROW_STAGES = (
     "rollouts",
     "reasoning",
     "reflection",
+    "prefixes",
     "features",
     "embedding",
 )
@@ -43,6 +45,7 @@ ORDER = (
     "rollouts",
     "reasoning",
     "reflection",
+    "prefixes",
     "dictionary",
     "features",
     "embedding",
@@ -114,6 +117,8 @@ def flow_of(config: Config) -> Flow:
         rows["reasoning"] = ReasoningStage(config.reasoning, models, config.seed)
     if config.reflection:
         rows["reflection"] = ReflectionStage(config.reflection, models, config.seed)
+    if config.prefixes:
+        rows["prefixes"] = PrefixesStage(config.prefixes, models, config.seed)
     if config.dictionary:
         fits["dictionary"] = DictionaryStage(config.dictionary, models, config.seed)
     if config.features and config.dictionary:
