@@ -25,6 +25,7 @@ from stages.engines.settings import ModelSettings
 from stages.errors import ConfigError
 from stages.features.settings import FeaturesSettings
 from stages.ingest.settings import IngestSettings
+from stages.licenses import LicensePolicy
 from stages.mixture.settings import MixtureSettings
 from stages.pass_rate.settings import PassRateSettings
 from stages.prefixes.settings import PrefixesSettings
@@ -94,6 +95,9 @@ class Recipe(BaseModel):
         le=1,
         description="Share of a stage's rows that may fail before it stops.",
     )
+    license_policy: LicensePolicy | None = Field(
+        default=None, description="Which licences rows may have; others are never emitted."
+    )
     ingest: IngestSettings = IngestSettings()
     difficulty: DifficultySettings | None = None
     thinking: ThinkingSettings | None = None
@@ -149,6 +153,28 @@ class Recipe(BaseModel):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _writers_may_write(self) -> Self:
+        """Text that a model writes may be published under its terms."""
+        for section, role in WRITERS:
+            settings = getattr(self, section)
+            if settings is None or self.license_policy is None:
+                continue
+            name = getattr(settings, role)
+            model = self.models.get(name)
+            if model is not None and not self.license_policy.allows(model.terms):
+                said = f"the terms {model.terms!r}" if model.terms else "no terms"
+                raise ValueError(
+                    f"{section}.{role} writes text into the data set, and models.{name} states "
+                    f"{said}, which license_policy doesn't allow; state models.{name}.terms "
+                    "(`unrestricted` where its maker claims nothing), allow them, or name another "
+                    "model"
+                )
+        return self
+
+
+WRITERS = (("reflection", "teacher"), ("prefixes", "model"))
+"""Models whose text can be emitted: section and role."""
 
 _MODEL_ROLES = (
     ("difficulty", "student"),

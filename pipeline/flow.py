@@ -143,7 +143,9 @@ def flow_of(config: Config) -> Flow:
 def _set_stages(config: Config, present: tuple[str, ...]) -> dict[str, SetStage]:
     anchors = frozenset(s.name for s in config.sources if s.role == "anchor")
     sets: dict[str, SetStage] = {
-        "selection": SelectionStage(config.selection, anchors, frozenset(present))
+        "selection": SelectionStage(
+            config.selection, anchors, frozenset(present), config.license_policy
+        )
     }
     emission = config.emission
     budget = emission.budget_rows if emission.budget_rows else emission.budget_tokens

@@ -16,6 +16,7 @@ from pipeline.config import Config
 from pipeline.flow import Flow
 from stages.base import EngineSpec
 from stages.engines.model_files import model_identity, threads_of
+from stages.engines.settings import BESIDE_BYTES
 from stages.rows import canonical_json
 
 _LIBRARIES = {
@@ -79,6 +80,8 @@ def stage_identities(config: Config, flow: Flow) -> dict[str, dict[str, Any]]:
             identity["artifacts"] = fitted
         if name in ("pass_rate", "rollouts"):
             identity["checking"] = {library: version(library) for library in _CHECKING}
+        if name in ("selection", "emission") and config.license_policy:
+            identity["license_policy"] = config.license_policy.model_dump(mode="json")
         if name in ("mixture", "emission"):
             identity["sources"] = {
                 s.name: s.model_dump(mode="json", include={"license", "repeats", "role"})
@@ -90,8 +93,14 @@ def stage_identities(config: Config, flow: Flow) -> dict[str, dict[str, Any]]:
             )
         if name == "emission":
             identity["name"] = config.name
+            identity["terms"] = {name: model.terms for name, model in config.models.items()}
         identities[name] = identity
     return identities
+
+
+def model_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's settings without those that bear on no byte that it gives."""
+    return {name: value for name, value in settings.items() if name not in BESIDE_BYTES}
 
 
 def generation_identity(spec: EngineSpec, config: Config) -> str:
@@ -105,7 +114,7 @@ def _model(spec: EngineSpec, config: Config) -> dict[str, Any]:
     names = _LIBRARIES[spec.kind] if spec.settings.engine == "transformers" else ("vllm",)
     return {
         "kind": spec.kind,
-        "settings": config.portable_recipe["models"][spec.model],
+        "settings": model_settings(config.portable_recipe["models"][spec.model]),
         "weights": model_identity(spec.settings.model),
         "numerics": {
             **{name: version(name) for name in names},

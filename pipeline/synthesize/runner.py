@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline import __version__
 from pipeline.config import changed_fields
+from pipeline.identity import model_settings
 from pipeline.rundir import MANIFEST, RunLock
 from pipeline.synthesize.config import SynthesisConfig
 from stages.engines import Sampling, TextGenerator
@@ -197,7 +198,7 @@ class _Synthesis:
         on_gpu = _has_gpu()
         return {
             "kind": "generator",
-            "settings": self._config.portable_recipe["models"][name],
+            "settings": model_settings(self._config.portable_recipe["models"][name]),
             "weights": model_identity(settings.model),
             "numerics": {
                 **{library: version(library) for library in libraries},

@@ -9,6 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field
 DType = Literal["float32", "bfloat16", "float16"]
 
 
+BESIDE_BYTES = frozenset({"terms"})
+"""Fields of a model that bear on no number or text that it gives."""
+
+
 class ModelSettings(BaseModel):
     """One entry of a recipe's `models`.
 
@@ -34,6 +38,12 @@ class ModelSettings(BaseModel):
     )
     generation_chunk: int = Field(
         default=16, ge=1, description="Prompts generated, and committed to the cache, together."
+    )
+    terms: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Licence or terms that bind text which the model writes, by a licence's Hub "
+        "name; `unrestricted` where its maker claims nothing. Unset: unknown.",
     )
     threads: int | None = Field(
         default=None, ge=1, description="CPU threads of one engine; unset: all cores of the node."
