@@ -25,7 +25,7 @@ from stages.engines.settings import ModelSettings
 from stages.errors import ConfigError
 from stages.features.settings import FeaturesSettings
 from stages.ingest.settings import IngestSettings
-from stages.licenses import LicensePolicy
+from stages.licenses import WRITERS, LicensePolicy
 from stages.mixture.settings import MixtureSettings
 from stages.pass_rate.settings import PassRateSettings
 from stages.prefixes.settings import PrefixesSettings
@@ -172,9 +172,6 @@ class Recipe(BaseModel):
                 )
         return self
 
-
-WRITERS = (("reflection", "teacher"), ("prefixes", "model"))
-"""Models whose text can be emitted: section and role."""
 
 _MODEL_ROLES = (
     ("difficulty", "student"),

@@ -17,6 +17,9 @@ from stages.base import Settings
 UNRESTRICTED = "unrestricted"
 """Terms of a model whose maker claims nothing of what it writes."""
 
+WRITERS = (("reflection", "teacher"), ("prefixes", "model"))
+"""Models whose text can be emitted: section of a recipe, and the field that names the model."""
+
 KNOWN_LICENSES = frozenset(
     """
     afl-3.0 agpl-3.0 apache-2.0 artistic-2.0 bsd-2-clause bsd-3-clause bsl-1.0 cc cc-by-2.0
@@ -84,7 +87,7 @@ def card_license(names: Collection[str | None]) -> dict[str, str]:
     named where the others allow to be passed on under it, else the whole is `other` by a name that
     says so. Several licences, or none stated, are `other`.
     """
-    stated = {name for name in names if name and name != UNRESTRICTED}
+    stated = {name for name in names if name}
     strict = {name for name in stated if is_noncommercial(name)}
     unknown = None in names
     for whole in (stated, strict):

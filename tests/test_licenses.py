@@ -63,7 +63,6 @@ def test_policy() -> None:
     ("names", "card"),
     [
         ({"mit"}, {"license": "mit"}),
-        ({"mit", "unrestricted"}, {"license": "mit"}),
         ({"cc-by-nc-4.0", "mit", "cc0-1.0"}, {"license": "cc-by-nc-4.0"}),
         ({"cc-by-nc-4.0", "cc-by-sa-3.0"}, "mixed-non-commercial"),  # they don't go together
         ({"cc-by-nc-4.0", "cc-by-nc-sa-4.0"}, "mixed-non-commercial"),
