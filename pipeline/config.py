@@ -26,8 +26,10 @@ from stages.engines.settings import ModelSettings
 from stages.errors import ConfigError
 from stages.features.settings import FeaturesSettings
 from stages.ingest.settings import IngestSettings
+from stages.licenses import WRITERS, LicensePolicy
 from stages.mixture.settings import MixtureSettings
 from stages.pass_rate.settings import PassRateSettings
+from stages.prefixes.settings import PrefixesSettings
 from stages.reasoning.settings import ReasoningSettings
 from stages.reflection.settings import ReflectionSettings
 from stages.selection.settings import SelectionSettings
@@ -100,6 +102,9 @@ class Recipe(BaseModel):
         le=1,
         description="Share of a stage's rows that may fail before it stops.",
     )
+    license_policy: LicensePolicy | None = Field(
+        default=None, description="Which licences rows may have; others are never emitted."
+    )
     ingest: IngestSettings = IngestSettings()
     difficulty: DifficultySettings | None = None
     thinking: ThinkingSettings | None = None
@@ -108,6 +113,7 @@ class Recipe(BaseModel):
     rollouts: RolloutsSettings | None = None
     reasoning: ReasoningSettings | None = None
     reflection: ReflectionSettings | None = None
+    prefixes: PrefixesSettings | None = None
     dictionary: DictionarySettings | None = None
     features: FeaturesSettings | None = None
     embedding: EmbeddingSettings | None = None
@@ -156,6 +162,25 @@ class Recipe(BaseModel):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _writers_may_write(self) -> Self:
+        """Text that a model writes may be published under its terms."""
+        for section, role in WRITERS:
+            settings = getattr(self, section)
+            if settings is None or self.license_policy is None:
+                continue
+            name = getattr(settings, role)
+            model = self.models.get(name)
+            if model is not None and not self.license_policy.allows(model.terms):
+                said = f"the terms {model.terms!r}" if model.terms else "no terms"
+                raise ValueError(
+                    f"{section}.{role} writes text into the data set, and models.{name} states "
+                    f"{said}, which license_policy doesn't allow; state models.{name}.terms "
+                    "(`unrestricted` where its maker claims nothing), allow them, or name another "
+                    "model"
+                )
+        return self
+
 
 _MODEL_ROLES = (
     ("difficulty", "student"),
@@ -164,6 +189,7 @@ _MODEL_ROLES = (
     ("reasoning", "judge"),
     ("reflection", "teacher"),
     ("reflection", "student"),
+    ("prefixes", "model"),
     ("dictionary", "student"),
     ("features", "student"),
     ("embedding", "encoder"),

@@ -17,6 +17,7 @@ from stages.errors import ConfigError
 from stages.features.stage import FeaturesStage
 from stages.mixture.stage import MixtureStage, Supply
 from stages.pass_rate.stage import PassRateStage
+from stages.prefixes.stage import PrefixesStage
 from stages.reasoning.stage import ReasoningStage
 from stages.reflection.probe import RepliesStage
 from stages.reflection.stage import ReflectionStage
@@ -33,6 +34,7 @@ ROW_STAGES = (
     "rollouts",
     "reasoning",
     "reflection",
+    "prefixes",
     "features",
     "embedding",
 )
@@ -46,6 +48,7 @@ ORDER = (
     "reasoning",
     "replies",
     "reflection",
+    "prefixes",
     "dictionary",
     "features",
     "embedding",
@@ -126,6 +129,8 @@ def flow_of(config: Config) -> Flow:
             difficulty=config.difficulty,
             targets=bool(config.targets),
         )
+    if config.prefixes:
+        rows["prefixes"] = PrefixesStage(config.prefixes, models, config.seed)
     if config.dictionary:
         fits["dictionary"] = DictionaryStage(config.dictionary, models, config.seed)
     if config.features and config.dictionary:
@@ -163,7 +168,9 @@ def _check_endpoints(stages: Mapping[str, RowStage | FitStage]) -> None:
 def _set_stages(config: Config, present: tuple[str, ...]) -> dict[str, SetStage]:
     anchors = frozenset(s.name for s in config.sources if s.role == "anchor")
     sets: dict[str, SetStage] = {
-        "selection": SelectionStage(_selection(config), anchors, frozenset(present))
+        "selection": SelectionStage(
+            _selection(config), anchors, frozenset(present), config.license_policy
+        )
     }
     emission = config.emission
     budget = emission.budget_rows if emission.budget_rows else emission.budget_tokens

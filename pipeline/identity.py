@@ -17,6 +17,7 @@ from pipeline.config import Config
 from pipeline.flow import Flow
 from stages.base import TARGETS, EngineSpec, ReadsFiles
 from stages.engines.model_files import model_identity, threads_of
+from stages.engines.settings import BESIDE_BYTES
 from stages.errors import ConfigError
 from stages.rows import canonical_json
 
@@ -87,6 +88,8 @@ def stage_identities(config: Config, flow: Flow) -> dict[str, dict[str, Any]]:
             identity["settings"] |= stage.file_contents()
         if name in ("pass_rate", "rollouts", "reflection"):
             identity["checking"] = {library: version(library) for library in _CHECKING}
+        if name in ("selection", "emission") and config.license_policy:
+            identity["license_policy"] = config.license_policy.model_dump(mode="json")
         if name in ("mixture", "emission"):
             identity["sources"] = {
                 s.name: s.model_dump(mode="json", include={"license", "repeats", "role"})
@@ -98,8 +101,14 @@ def stage_identities(config: Config, flow: Flow) -> dict[str, dict[str, Any]]:
             )
         if name == "emission":
             identity["name"] = config.name
+            identity["terms"] = {name: model.terms for name, model in config.models.items()}
         identities[name] = identity
     return identities
+
+
+def model_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's settings without those that bear on no byte that it gives."""
+    return {name: value for name, value in settings.items() if name not in BESIDE_BYTES}
 
 
 def generation_identity(spec: EngineSpec, config: Config) -> str:
@@ -135,7 +144,7 @@ def library_version(library: str) -> str:
 
 
 def _model(spec: EngineSpec, config: Config) -> dict[str, Any]:
-    settings = config.portable_recipe["models"][spec.model]
+    settings = model_settings(config.portable_recipe["models"][spec.model])
     if spec.settings.endpoint is not None:
         return endpoint_identity(settings)
     placement = config.execution.engines.get(spec.model)

@@ -8,6 +8,7 @@ pass_rate   how often a model answers it correctly
 allocation  a budget of further rollouts, shared out where they tell most
 reasoning   length, review ratio and failed steps of a chain of thought
 reflection  a teacher rewrites, the student keeps the better version
+prefixes    the first tokens of a model's own solutions, to be trained on
 dictionary  a sparse autoencoder of the student's residual stream, and the targets' prototypes
 features    similarity of each row to the targets by what both activate
 embedding   a sentence vector of each row

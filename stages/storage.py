@@ -156,12 +156,20 @@ class Store:
             fs.mv(self.path(old), self.path(new))
 
 
-def parquet_bytes(table: pa.Table, metadata: Mapping[str, str] | None = None) -> bytes:
-    """A table as zstd Parquet; equal tables and metadata give equal bytes.
+def parquet_bytes(
+    table: pa.Table,
+    metadata: Mapping[str, str] | None = None,
+    *,
+    group_rows: int = 10_000,
+    content_pages: bool = False,
+) -> bytes:
+    """A table as zstd Parquet; equal arguments give equal bytes.
 
     Args:
         table: any table; its own schema metadata is replaced.
         metadata: written to the footer, in sorted order.
+        group_rows: rows of a row group.
+        content_pages: end pages where the content says, so that equal rows make equal pages.
     """
     pairs = dict(sorted((metadata or {}).items()))
     # Arrow calls a list's child "item", Parquet "element"; a table that was read and one that was
@@ -173,7 +181,8 @@ def parquet_bytes(table: pa.Table, metadata: Mapping[str, str] | None = None) ->
         sink,
         compression="zstd",
         write_page_index=True,
-        row_group_size=10_000,
+        row_group_size=group_rows,
+        use_content_defined_chunking=content_pages,
     )
     return sink.getvalue()
 

@@ -45,6 +45,9 @@ def test_unknown_key_is_answered_with_the_nearest(recipe: Any) -> None:
         ("embedding", None, "mixture needs an embedding section"),
         ("execution.run", None, "execution.run"),
         ("difficulty.mode", "compat", "needs template alpaca, vicuna or plain"),
+        ("license_policy", {"allow": ["mit"]}, "models.teacher states no terms, which license_pol"),
+        ("license_policy", {"allow": []}, "license_policy.allow"),
+        ("prefixes", {"model": "nobody"}, "prefixes.model names the model 'nobody'"),
         ("seed", -1, "seed: Input should be greater than or equal to 0"),
     ],
 )

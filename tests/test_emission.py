@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import itertools
 import json
@@ -9,191 +10,27 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from html.parser import HTMLParser
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from emission_runs import NASTY, SCHEMA, Run, Table, assistant, read, two_sources, user
 from pydantic import ValidationError
 
 from stages.base import Outcome
 from stages.emission import EmissionSettings, EmissionStage
 from stages.emission.quotas import largest_remainder
 from stages.errors import ConfigError, StageError
-from stages.rows import LABEL, MESSAGES, row_id
 from stages.storage import Store
-
-T = TypeVar("T")
-
-NASTY = "<script>alert('x')</script> & <img src=x onerror=y>"
-SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("source", LABEL),
-        ("messages", MESSAGES),
-        ("messages_reflected", MESSAGES),
-        ("tools", pa.string()),
-        ("answer", pa.string()),
-        ("license", pa.string()),
-        ("ifd", pa.float32()),
-        ("ifd_before", pa.float32()),
-        ("ifd_effective", pa.float32()),
-        ("similarity", pa.float32()),
-        ("reflection_status", LABEL),
-        ("reflection_outcome", LABEL),
-    ]
-)
-
-
-@dataclass
-class Table:
-    """Columns held in memory, in shards."""
-
-    shards: list[pa.Table]
-
-    @property
-    def n_rows(self) -> int:
-        return sum(shard.num_rows for shard in self.shards)
-
-    def iter(self, names: Sequence[str]) -> Iterator[pa.Table]:
-        for shard in self.shards:
-            yield shard.select(list(names))
-
-    def map(
-        self, names: Sequence[str], fn: Callable[[pa.Table], T], merge: Callable[[T, T], T]
-    ) -> T:
-        results = [fn(table) for table in self.iter(names)]
-        while len(results) > 1:
-            results[:2] = [merge(*results[:2])]
-        return results[0]
-
-
-@dataclass
-class Run:
-    """A run up to emission."""
-
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    sources: list[dict[str, Any]] = field(default_factory=list)
-    mixture: dict[str, Any] | None = None
-    present: tuple[str, ...] = tuple(SCHEMA.names)
-
-    def add(self, source: str, count: int, **of_source: Any) -> None:
-        """Rows of a source; every fifth is dropped, every third of the rest was rewritten."""
-        license_ = of_source.get("license")
-        self.sources.append({"name": source, "path": f"{source}.jsonl", **of_source})
-        for i in range(count):
-            text = f"answer {i} of {source} " + "word " * (i % 7)
-            messages = [user(f"question {i} of {source}"), assistant(text)]
-            rewritten = i % 3 == 1
-            self.rows.append(
-                {
-                    "id": row_id(messages, None),
-                    "source": source,
-                    "messages": messages,
-                    "messages_reflected": [messages[0], assistant("better " + text)]
-                    if rewritten
-                    else None,
-                    "tools": None,
-                    "answer": None,
-                    "license": license_,
-                    "ifd": 0.3 + (i % 11) / 20,
-                    "ifd_before": 0.3 + (i % 11) / 20,
-                    "ifd_effective": 0.3 + (i % 11) / 20 + 0.1 * rewritten,
-                    "similarity": (i % 13) / 13,
-                    "reflection_status": "ok",
-                    "reflection_outcome": "response rewritten" if rewritten else "unchanged",
-                    "keep": i % 5 != 4,
-                    "tokens": 10 + i % 7,
-                }
-            )
-
-    def table(self, shards: int) -> Table:
-        columns = {}
-        for item in SCHEMA:
-            if item.name in self.present:
-                kind = pa.string() if item.type == LABEL else item.type
-                values = pa.array([row[item.name] for row in self.rows], kind)
-                columns[item.name] = values.dictionary_encode() if item.type == LABEL else values
-        whole = pa.table(columns)
-        cuts = np.linspace(0, len(self.rows), shards + 1).astype(int)
-        return Table([whole.slice(a, b - a) for a, b in itertools.pairwise(cuts)])
-
-    def artifacts(self, url: str) -> dict[str, Store]:
-        rows = self.rows
-        decisions = pa.table(
-            {
-                "id": [row["id"] for row in rows],
-                "source": pa.array([row["source"] for row in rows]).dictionary_encode(),
-                "keep": [row["keep"] for row in rows],
-                "reason": ["kept" if row["keep"] else f"reason {NASTY}" for row in rows],
-                "tokens": pa.array([row["tokens"] for row in rows], pa.int32()),
-            }
-        )
-        counts = Counter(row["source"] for row in rows)
-        reports: dict[str, dict[str, Any]] = {
-            "ingest": {
-                "sources": {
-                    name: {"in": count + 3, "kept": count, "rejected": {"empty response": 3}}
-                    for name, count in counts.items()
-                }
-            },
-            "selection": {},
-        }
-        if self.mixture is not None:
-            reports["mixture"] = self.mixture
-        stores = {name: Store(f"{url}/{name}") for name in reports}
-        for name, report in reports.items():
-            stores[name].write_json(
-                "manifest.json",
-                {"version": 1, "fingerprint": name * 3, "seconds": 2.5, "report": report},
-            )
-        stores["selection"].write_table("decisions.parquet", decisions)
-        return stores
-
-    def emit(self, url: str, shards: int = 3, seed: int = 5, **settings: Any) -> Outcome:
-        recipe = {"name": "small", "seed": seed, "sources": self.sources, "models": {}}
-        stage = EmissionStage(EmissionSettings(**settings), seed, recipe, self.present)
-        targets = Table([pa.table({"task": pa.array(["sums", "sums"]).dictionary_encode()})])
-        return stage.decide(self.table(shards), targets, self.artifacts(url))
-
-
-def user(text: str) -> dict[str, Any]:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str) -> dict[str, Any]:
-    return {"role": "assistant", "content": text}
-
-
-def read(outcome: Outcome) -> list[dict[str, Any]]:
-    """Emitted lines in order."""
-    lines = []
-    for name in sorted(name for name in outcome.files if name.startswith("data/")):
-        lines += pq.read_table(pa.BufferReader(outcome.files[name])).to_pylist()
-    return lines
 
 
 @pytest.fixture
 def run() -> Run:
-    made = Run()
-    made.add("sums", 50, license="MIT")
-    made.add("chat", 80, license="apache-2.0")
-    made.mixture = {
-        "weights": {"sums": 0.25, "chat": 0.75},
-        "value_sample": 0.41,
-        "lower_bound": 0.4,
-        "upper_estimate": 0.42,
-        "upper_interval": [0.41, 0.43],
-        "gap": 0.02,
-        "ranges": {"sums": [0.2, 0.3], "chat": [0.7, 0.8]},
-        "caps": {"chat": 0.9},
-    }
-    return made
+    return two_sources()
 
 
 @pytest.fixture
@@ -488,8 +325,13 @@ def test_report_escapes_data_and_loads_nothing(run: Run, url: str) -> None:
     page = Page()
     html = outcome.files["report.html"].decode()
     page.feed(html)
-    tags = {tag for tag, _ in page.tags}
-    assert not tags & {"script", "img", "link", "iframe", "object", "image", "use", "a"}
+    tags = [tag for tag, _ in page.tags]
+    assert not set(tags) & {"img", "link", "iframe", "object", "image", "use", "a"}
+    assert tags.count("script") == 1
+    script = html[html.rindex("<script>") + 8 : html.rindex("</script>")]
+    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = next(a["content"] for _, a in page.tags if "http-equiv" in a)
+    assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'"
     for _, attributes in page.tags:
         assert not set(attributes) & {"src", "href", "xlink:href", "srcset", "onerror"}
         assert not any("url(" in (value or "") for value in attributes.values())
@@ -502,7 +344,7 @@ def test_report_escapes_data_and_loads_nothing(run: Run, url: str) -> None:
 def test_report_tells_the_numbers_of_the_run(run: Run, url: str) -> None:
     page = Page()
     page.feed(run.emit(url, budget_rows=60).files["report.html"].decode())
-    for words in ("records read", "136", "130", "104", "60", "25.0%", "cap 90%", "Sample rewrites"):
+    for words in ("records read", "136", "130", "104", "60", "25.0%", "cap 90%", "What changed"):
         assert words in page.text
     assert "costs less than 0.4:" in page.text
     rewritten = sum(row["messages_reflected"] is not None for row in run.rows)
@@ -533,21 +375,22 @@ def test_report_and_card_without_optional_stages(run: Run, url: str) -> None:
     run.mixture = None
     outcome = run.emit(url)
     html = outcome.files["report.html"].decode()
-    for title in ("Difficulty", "Rewriting", "Similarity", "Hardest"):
+    for title in ("Difficulty", "Reflection", "Similarity", "Hardest", "Prefixes", "Windows"):
         assert f"<h2>{title}" not in html
     assert "No mixture was fitted" in html
     assert "No mixture was fitted" in outcome.files["README.md"].decode()
 
 
 def test_card_front_matter_and_tables(run: Run, url: str) -> None:
-    run.sources[1]["license"] = "a|b\n# no heading"
+    for row in run.rows[50:]:
+        row["license"] = "a|b\n# <script>no heading"
     card = run.emit(url, budget_rows=60).files["README.md"].decode()
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["license"] == "other"
     assert front["size_categories"] == ["n<1K"]
     assert front["configs"][0]["data_files"] == [{"split": "train", "path": "data/train-*.parquet"}]
-    assert "| sums | MIT | 53 | 50 | 40 | 15 | 0.2500 |" in card
-    assert "a\\|b # no heading" in card
+    assert "| sums | mit | 53 | 50 | 40 | 15 | 0.2500 |" in card
+    assert "a\\|b-#-&lt;script>no-heading" in card
     assert "<script>" not in card
 
 
@@ -591,10 +434,7 @@ def test_times_are_in_the_report_alone(run: Run, url: str) -> None:
     artifacts = run.artifacts(url)
     manifest = artifacts["selection"].read_json("manifest.json")
     artifacts["selection"].write_json("manifest.json", {**manifest, "seconds": 777.0})
-    recipe = {"name": "small", "seed": 5, "sources": run.sources, "models": {}}
-    stage = EmissionStage(EmissionSettings(budget_rows=60), 5, recipe, run.present)
-    targets = Table([pa.table({"task": pa.array(["sums", "sums"]).dictionary_encode()})])
-    again = stage.decide(run.table(3), targets, artifacts)
+    again = run.stage(budget_rows=60).decide(run.table(3), run.targets(), artifacts)
     differing = {name for name in first.files if first.files[name] != again.files[name]}
     assert differing == {"report.html"}
 

@@ -11,6 +11,7 @@ import pytest
 from sharded import Tables
 
 from stages.errors import ConfigError, StageError
+from stages.licenses import LicensePolicy
 from stages.rows import row_id
 from stages.selection.settings import SelectionSettings
 from stages.selection.stage import SelectionStage
@@ -38,9 +39,13 @@ def rows(n: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def decide(
-    data: list[dict[str, Any]], shard: int = 7, anchors: tuple[str, ...] = (), **settings: Any
+    data: list[dict[str, Any]],
+    shard: int = 7,
+    anchors: tuple[str, ...] = (),
+    policy: LicensePolicy | None = None,
+    **settings: Any,
 ) -> Any:
-    stage = SelectionStage(SelectionSettings(**settings), frozenset(anchors), PRESENT)
+    stage = SelectionStage(SelectionSettings(**settings), frozenset(anchors), PRESENT, policy)
     none = Tables(pa.table({}), 1)
     outcome = stage.decide(Tables(pa.Table.from_pylist(data), shard), none, {})
     return outcome.tables["decisions.parquet"].to_pylist(), outcome.report
@@ -131,3 +136,31 @@ def test_tokens_are_measured_where_a_stage_counted_them() -> None:
     assert [d["tokens"] for d in decisions] == [row["tokens"] for row in data]
     assert report["tokens_are"] == "measured"
     assert all(math.isfinite(d["tokens"]) for d in decisions)
+
+
+@pytest.mark.parametrize("unknown", ["block", "allow"])
+def test_license_policy_blocks_single_records_and_leaves_their_copies(unknown: Any) -> None:
+    data = rows(30)
+    stated = ["MIT", "CC BY-NC 4.0", None, "apache-2.0"]
+    for i, row in enumerate(data):
+        row["license"] = stated[i % 4]
+    # The same text under a licence that is refused, and later under one that isn't.
+    data[2]["effective_messages"] = data[1]["effective_messages"]
+    data[2]["license"] = "mit"
+    policy = LicensePolicy(allow=("mit", "Apache 2.0"), unknown=unknown)
+    decisions, report = decide(data, policy=policy, anchors=("b",))
+    for row, decision in zip(data, decisions, strict=True):
+        if row["source"] == "b":
+            expected = "anchor"
+        elif row["license"] is None:
+            expected = "license: not stated" if unknown == "block" else "kept"
+        else:
+            expected = "kept" if row["license"] != "CC BY-NC 4.0" else "license: cc-by-nc-4.0"
+        # An anchor's text counts as seen whatever its licence.
+        if row is data[2]:
+            expected = f"duplicate_text: {data[1]['id']}"
+        assert decision["reason"] == expected
+    free, _ = decide(data, policy=policy)
+    assert free[1]["reason"] == "license: cc-by-nc-4.0"
+    assert free[2]["reason"] == "kept"
+    assert sum(report["reasons"].values()) == 30

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline import __version__
 from pipeline.config import changed_fields
-from pipeline.identity import endpoint_identity, library_version
+from pipeline.identity import endpoint_identity, library_version, model_settings
 from pipeline.rundir import MANIFEST, RunLock
 from pipeline.synthesize.config import SynthesisConfig
 from stages.engines import Sampling
@@ -209,7 +209,7 @@ class _Synthesis:
         on_gpu = _has_gpu()
         return {
             "kind": "generator",
-            "settings": self._config.portable_recipe["models"][name],
+            "settings": model_settings(self._config.portable_recipe["models"][name]),
             "weights": model_identity(settings.model),
             "numerics": {
                 **{library: library_version(library) for library in libraries},

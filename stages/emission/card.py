@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from stages.emission.certificate import certificate_sentences
 from stages.emission.facts import Facts
+from stages.emission.shards import FOLDERS
+from stages.emission.splits import TRAIN, VALIDATION
+from stages.licenses import card_license, is_noncommercial
 
-_KNOWN_LICENSES = frozenset(
-    """
-    afl-3.0 agpl-3.0 apache-2.0 artistic-2.0 bsd-2-clause bsd-3-clause bsl-1.0 cc cc-by-2.0
-    cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0
-    cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0
-    cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0 cdla-permissive-2.0 cdla-sharing-1.0 epl-2.0 gfdl
-    gpl-2.0 gpl-3.0 isc lgpl-2.1 lgpl-3.0 llama2 llama3 llama3.1 llama3.2 llama3.3 mit mpl-2.0
-    odbl odc-by openrail openrail++ pddl postgresql unlicense wtfpl zlib
-    """.split()  # noqa: SIM905 - forty names read better as text
-)
 _SIZES = (
     (1_000, "n<1K"),
     (10_000, "1K<n<10K"),
@@ -31,26 +24,31 @@ _SIZES = (
     (1_000_000_000, "100M<n<1B"),
 )
 _LARGEST = "n>1T"
-_RECIPE_OWN = ("name", "seed", "sources", "targets", "models")
+_RECIPE_OWN = ("name", "seed", "sources", "targets", "models", "license_policy")
 
 
-def card_markdown(facts: Facts, version: int) -> bytes:
+def card_markdown(facts: Facts, version: int, trainers: Sequence[str]) -> bytes:
     """The card; equal runs give equal bytes.
 
     Args:
         facts: of the data set.
         version: of the emission stage.
+        trainers: which trainers have a file, and why others have none.
     """
     parts = [
         _front_matter(facts),
         f"# {_cell(facts.name)}",
-        _about(facts),
-        "## Use\n\n" + _use(facts),
+        about(facts),
+        *_warnings(facts),
+        "## Use\n\n" + _use(facts, trainers),
         "## Sources\n\n" + _sources(facts),
+        "## Licences\n\n" + _licenses(facts),
         *_reasons(facts),
         *_targets(facts),
         "## Mixture\n\n" + _mixture(facts),
+        *_prefixes(facts),
         *_models(facts),
+        *_windows(facts),
         "## How it was made\n\n" + _stages(facts, version),
         "## Reproduce\n\n" + _reproduce(facts),
         "## Limits\n\n" + "\n".join(f"* {limit}" for limit in _limits(facts)),
@@ -58,11 +56,9 @@ def card_markdown(facts: Facts, version: int) -> bytes:
     return ("\n\n".join(parts) + "\n").encode()
 
 
-def license_tag(licenses: Iterable[str | None]) -> str:
-    """The Hub's name of the licence that all rows share, or `other`: unknown or several."""
-    names = {name.strip().lower() if name else None for name in licenses}
-    only = names.pop() if len(names) == 1 else None
-    return only if only in _KNOWN_LICENSES else "other"
+def recipe_yaml(recipe: Mapping[str, Any]) -> bytes:
+    """The resolved recipe, files by their names alone."""
+    return yaml.safe_dump(_plain(recipe), sort_keys=False, allow_unicode=True).encode()
 
 
 def size_category(rows: int) -> str:
@@ -71,23 +67,28 @@ def size_category(rows: int) -> str:
 
 
 def _front_matter(facts: Facts) -> str:
+    files = [
+        {"split": split, "path": f"{FOLDERS[split]}/{split}-*.parquet"} for split in facts.splits
+    ]
+    configs: list[dict[str, Any]] = [{"config_name": "default", "data_files": files}]
+    if facts.prefix:
+        prefixes = [
+            {"split": split, "path": f"prefix/{split}-*.parquet"} for split in facts.prefix.lines
+        ]
+        configs.append({"config_name": "prefix", "data_files": prefixes})
     value = {
-        "license": license_tag(facts.licenses),
+        **card_license(facts.names_of_licenses),
         "task_categories": ["text-generation"],
         "size_categories": [size_category(facts.rows)],
         "pretty_name": facts.name,
         "tags": ["instruction-tuning", "tamis"],
-        "configs": [
-            {
-                "config_name": "default",
-                "data_files": [{"split": "train", "path": "data/train-*.parquet"}],
-            }
-        ],
+        "configs": configs,
     }
     return f"---\n{yaml.safe_dump(value, sort_keys=False, allow_unicode=True)}---"
 
 
-def _about(facts: Facts) -> str:
+def about(facts: Facts) -> str:
+    """What the data set is, in a paragraph."""
     given = [source for source in facts.offered if source.rows]
     rewritten = (
         f" The text of {facts.rewritten:,} of them was rewritten by a model"
@@ -102,25 +103,34 @@ def _about(facts: Facts) -> str:
     return (
         f"Instruction-tuning data: {facts.rows:,} conversations ({facts.tokens:,} tokens, as "
         f"counted at selection) from {len(given)} source{'s' if len(given) != 1 else ''}, curated "
-        f"by *tamis*.{rewritten} `report.html` shows how the rows were chosen, with examples; "
-        "`lineage.json` holds the numbers and the SHA-256 of every file."
+        f"by *tamis*.{rewritten} `lineage.json` holds the numbers and the SHA-256 of every file, "
+        "`recipe.yaml` the recipe; the run's `report.html` shows how the rows were chosen, with "
+        "examples."
     )
 
 
-def _use(facts: Facts) -> str:
+def _warnings(facts: Facts) -> list[str]:
+    lines = [f"> **Before you publish or use this:** {_cell(text)}." for text in facts.warnings]
+    return ["\n>\n".join(lines)] if lines else []
+
+
+def _use(facts: Facts, trainers: Sequence[str]) -> str:
     columns = ", ".join(f"`{name}`" for name in facts.columns)
-    trainer = {
-        "messages": "TRL's `SFTTrainer` takes `messages` as they are. Axolotl: `type: "
-        "chat_template`, `field_messages: messages`. LLaMA-Factory: `formatting: sharegpt` "
-        "with `columns: {messages: messages}` and `tags: {role_tag: role, content_tag: "
-        "content, user_tag: user, assistant_tag: assistant, system_tag: system}`.",
-        "prompt_completion": "TRL's `SFTTrainer` takes `prompt` and `completion` as they are, with "
-        "the loss on the completion alone.",
-        "alpaca": "LLaMA-Factory and Axolotl read these columns as `alpaca`; `input` is always "
-        "empty, because ingest joined it to the instruction.",
-    }[facts.settings.format]
     load = 'from datasets import load_dataset\n\nrows = load_dataset("PATH", split="train")'
-    return f"```python\n{load}\n```\n\nColumns: {columns}. {trainer}"
+    held = ""
+    if VALIDATION in facts.splits:
+        counts = {name: facts.splits[name] for name in (TRAIN, VALIDATION)}
+        held = "\n\n" + _table(
+            ["split", "rows", "prompts"],
+            [[name, f"{lines:,}", f"{prompts:,}"] for name, (lines, prompts) in counts.items()],
+            left=1,
+        )
+        held += (
+            "\n\nAll rows of one prompt, as it was and as it was rewritten, are in one split. "
+            "Both splits together have the weights of the mixture."
+        )
+    files = "\n".join(f"* {note}" for note in trainers)
+    return f"```python\n{load}\n```\n\nColumns: {columns}.\n\n{files}{held}"
 
 
 def _sources(facts: Facts) -> str:
@@ -130,7 +140,7 @@ def _sources(facts: Facts) -> str:
         rows.append(
             [
                 source.name,
-                source.license or "not stated",
+                facts.license_of(source),
                 "?" if source.records is None else f"{source.records:,}",
                 f"{source.kept:,}",
                 f"{source.selected:,}",
@@ -146,13 +156,53 @@ def _sources(facts: Facts) -> str:
     return f"{_table(head, rows, left=2)}\n\n{note}"
 
 
+def _licenses(facts: Facts) -> str:
+    counted: dict[str | None, dict[str, int]] = {}
+    for source, counts in facts.licenses.items():
+        for name, lines in counts.items():
+            counted.setdefault(name, {})[source] = lines
+    rows = [
+        [
+            (name or "not stated") + (" (non-commercial)" if is_noncommercial(name) else ""),
+            f"{sum(sources.values()):,}",
+            ", ".join(sorted(sources)),
+        ]
+        for name, sources in sorted(
+            counted.items(), key=lambda item: (-sum(item[1].values()), item[0] or "")
+        )
+    ]
+    policy = facts.recipe.get("license_policy")
+    blocked = sum(n for why, n in facts.reasons("dropped").items() if why.startswith("license: "))
+    said = (
+        f"\n\nRows of other licences than {', '.join(policy['allow'])} were blocked: {blocked:,}."
+        if policy
+        else ""
+    )
+    for model in facts.models:
+        lines = sum(count for role, count in facts.written.items() if role in model.roles)
+        if lines:
+            said += (
+                f"\n\nText of {lines:,} lines was written by `{model.name}` "
+                f"({_cell(model.reference)}), whose terms are: {model.terms or 'not stated'}."
+            )
+    return _table(["licence", "emitted rows", "sources"], rows, left=1) + said
+
+
 def _reasons(facts: Facts) -> list[str]:
     parts = []
+    statuses = [
+        [stage.name, status, f"{count:,}"]
+        for stage in facts.stages
+        for status, count in stage.statuses.items()
+    ]
     for name, title in (("rejected", "Rejected at ingest"), ("dropped", "Dropped by selection")):
         reasons = facts.reasons(name)
         if reasons:
             rows = [[reason, f"{count:,}"] for reason, count in reasons.items()]
             parts.append(f"## {title}\n\n{_table(['reason', 'rows'], rows, left=1)}")
+        if name == "rejected" and statuses:
+            head = ["stage", "status", "rows"]
+            parts.append(f"## Status of rows by stage\n\n{_table(head, statuses, left=2)}")
     return parts
 
 
@@ -192,14 +242,57 @@ def _mixture(facts: Facts) -> str:
     ).rstrip()
 
 
+def _prefixes(facts: Facts) -> list[str]:
+    made = facts.prefix
+    if made is None:
+        return []
+    lines = sum(made.lines.values())
+    said = (
+        f'`load_dataset(PATH, "prefix")` gives {lines:,} prompts with the beginning of a solution '
+        f"that the model to be trained wrote itself ({made.kinds.get('prefix', 0):,}), or with the "
+        f"whole one ({made.kinds.get('full', 0):,}): {made.trained:,} tokens with a loss. Nobody "
+        "checked the solutions. Train on `input_ids` and `labels`; they belong to that model's "
+        "tokenizer."
+    )
+    if made.trained_saving is not None and made.full_trained is not None:
+        said += (
+            f" Whole solutions of all prompts would have about {made.full_trained:,.0f} tokens "
+            f"({made.whole:,.0f} each, by those that are whole): {made.trained_saving:.1%} are "
+            f"saved in training, and {made.sampled_saving or 0:.1%} in sampling."
+        )
+    return [f"## Prefixes\n\n{said}"]
+
+
 def _models(facts: Facts) -> list[str]:
-    models = facts.recipe.get("models") or {}
-    entries = models.items() if isinstance(models, Mapping) else enumerate(models)
-    rows = []
-    for role, entry in entries:
-        fields = entry if isinstance(entry, Mapping) else {"model": entry}
-        rows.append([str(role), str(fields.get("model")), str(fields.get("dtype") or "-")])
-    return [f"## Models\n\n{_table(['name', 'model', 'dtype'], rows, left=3)}"] if rows else []
+    rows = [
+        [
+            model.name,
+            model.reference,
+            f"`{model.weights}`" if model.weights else "-",
+            model.dtype or "-",
+            ", ".join(model.roles) or "-",
+            model.terms or "not stated",
+        ]
+        for model in facts.models
+    ]
+    head = ["name", "model", "revision or content", "dtype", "used as", "terms"]
+    return [f"## Models\n\n{_table(head, rows, left=6)}"] if rows else []
+
+
+def _windows(facts: Facts) -> list[str]:
+    rows = [
+        [
+            window.stage,
+            window.model,
+            "its own" if window.window is None else f"{window.window:,}",
+            window.what,
+            f"{window.cut:,} of {window.asked:,}",
+            f"{window.share:.1%}",
+        ]
+        for window in facts.windows
+    ]
+    head = ["stage", "model", "window (tokens)", "what happened", "rows", "share"]
+    return [f"## Windows\n\n{_table(head, rows, left=2)}"] if rows else []
 
 
 def _stages(facts: Facts, version: int) -> str:
@@ -216,6 +309,14 @@ def _stages(facts: Facts, version: int) -> str:
 
 
 def _reproduce(facts: Facts) -> str:
+    run = f"runs/{facts.name}"
+    commands = "\n".join(
+        [
+            f"tamis plan recipe.yaml --set execution.run={run}",
+            f"tamis run recipe.yaml --set execution.run={run}",
+            f"tamis verify {run}",
+        ]
+    )
     sections = {
         key: value for key, value in facts.recipe.items() if key not in _RECIPE_OWN and value
     }
@@ -224,9 +325,12 @@ def _reproduce(facts: Facts) -> str:
     fence = max(fence, "```", key=len)
     shown = f"\n\nSettings of the stages:\n\n{fence}yaml\n{text}\n{fence}" if sections else ""
     return (
-        f"`tamis run recipe.yaml` with the `recipe.yaml` of the run (seed {facts.seed}) gives the "
-        "same rows in the same order from the same sources and models on one machine type; stages "
-        f"of equal fingerprint computed the same.{shown}"
+        "`recipe.yaml` beside this card names sources and models; files are called by their names "
+        f"alone, so put them beside it or mend the paths.\n\n```sh\n{commands}\n```\n\n"
+        f"That gives the same rows in the same order (seed {facts.seed}) from the same sources and "
+        "models on one machine type; stages of equal fingerprint computed the same. Rows that a "
+        "GPU, vLLM or an endpoint generated anew may differ."
+        f"{shown}"
     )
 
 
@@ -235,8 +339,7 @@ def _limits(facts: Facts) -> list[str]:
     limits = [
         "Rows were chosen by models' scores and by distance to the targets. Nobody read them all: "
         "wrong answers, personal data, bias and harmful text that the sources hold may be here.",
-        "Exact duplicates were removed. Near duplicates, and overlap with targets or evaluation "
-        "sets, were not looked for: check before you report scores on them.",
+        *_duplicates(facts),
         "Licences are what sources and records declare. A source without one is marked so: find "
         "out before you publish.",
     ]
@@ -245,6 +348,8 @@ def _limits(facts: Facts) -> list[str]:
             f"{facts.rewritten:,} rows hold text that a model wrote. It may be wrong, and the "
             "terms of that model may apply to it."
         )
+    if facts.prefix:
+        limits.append("Prefixes and whole solutions of the prefix data set weren't checked.")
     if facts.mixture is not None:
         limits.append(
             "The mixture's certificate is about distance between embeddings of rows and targets. "
@@ -275,9 +380,28 @@ def _limits(facts: Facts) -> list[str]:
             f"Sources give their rows by `{facts.settings.score}` from the top, so the emitted "
             "rows aren't a sample of what the mixture weighed."
         )
-    if facts.settings.format == "messages" and facts.tools:
+    if facts.settings.format == "messages" and "tools" in facts.columns:
         limits.append("`tools` and `tool_calls` are JSON text: parse them before a chat template.")
     return limits
+
+
+def _duplicates(facts: Facts) -> list[str]:
+    """What was looked for among the rows, and what wasn't."""
+    ingest = facts.recipe.get("ingest") or {}
+    done = ["exact duplicates"]
+    undone: list[str] = []
+    for name, words in (
+        ("near_duplicates", "near duplicates"),
+        ("contamination", "rows that overlap targets or the listed evaluation sets"),
+    ):
+        (done if ingest.get(name) else undone).append(words)
+    said = [f"Removed were {' and '.join(done)}."]
+    if undone:
+        said.append(
+            f"Not looked for were {' and '.join(undone)}: check before you report scores on "
+            "evaluation sets."
+        )
+    return [" ".join(said)]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:

@@ -16,10 +16,13 @@ from stages.errors import StageError
 from stages.rows import LABEL
 from stages.storage import Store
 
+_OTHER_ROW = r": [0-9a-f]{32}\b.*$"
+"""What a reason says of another row, which would make every reason its own."""
+
 
 @dataclass(frozen=True)
 class Decisions:
-    """One entry a row of the run, in its order: about 36 + 13 bytes a row.
+    """One entry a row of the run, in its order: about 36 + 17 bytes a row.
 
     Attributes:
         ids: string [n].
@@ -27,7 +30,8 @@ class Decisions:
         names: source names.
         keep: bool [n].
         tokens: tokens of the text that would be emitted, int64 [n]; may be estimates.
-        dropped: dropped rows by source and reason.
+        reason: number of the reason in `reasons`, int32 [n].
+        reasons: why rows were kept or dropped, without ids of other rows.
     """
 
     ids: pa.Array
@@ -35,7 +39,8 @@ class Decisions:
     names: tuple[str, ...]
     keep: npt.NDArray[np.bool_]
     tokens: IntArray
-    dropped: dict[str, Counter[str]]
+    reason: npt.NDArray[np.int32]
+    reasons: tuple[str, ...]
 
     def of(self, name: str) -> npt.NDArray[np.bool_]:
         """Mask of a source's rows, bool [n]."""
@@ -43,6 +48,12 @@ class Decisions:
             return np.zeros(len(self.keep), dtype=bool)
         mine: npt.NDArray[np.bool_] = self.source == self.names.index(name)
         return mine
+
+    def dropped(self, name: str) -> Counter[str]:
+        """A source's dropped rows by reason."""
+        codes, counts = np.unique(self.reason[self.of(name) & ~self.keep], return_counts=True)
+        pairs = zip(codes.tolist(), counts.tolist(), strict=True)
+        return Counter({self.reasons[code]: count for code, count in pairs})
 
     def ids_of(self, rows: IntArray) -> list[str]:
         """Ids of the rows of these numbers."""
@@ -63,7 +74,8 @@ def read_decisions(selection: Store, count_tokens: bool) -> Decisions:
     names = ["id", "source", "keep", "reason", "tokens"]
     table = selection.read_table("decisions.parquet", names)
     table = table.set_column(1, "source", table["source"].cast(pa.string()))
-    table = table.set_column(3, "reason", table["reason"].cast(pa.string()))
+    reason = pc.replace_substring_regex(table["reason"].cast(pa.string()), _OTHER_ROW, "")
+    reason = reason.fill_null("no reason given").combine_chunks().dictionary_encode()
     keep = table["keep"].fill_null(False)
     unknown = pc.sum(pc.and_(keep, pc.is_null(table["tokens"]))).as_py() or 0
     if count_tokens and unknown:
@@ -80,7 +92,8 @@ def read_decisions(selection: Store, count_tokens: bool) -> Decisions:
         names=tuple(sources),
         keep=np.asarray(keep.to_numpy(), dtype=bool),
         tokens=table["tokens"].fill_null(0).to_numpy().astype(np.int64),
-        dropped=_dropped(table.filter(pc.invert(keep))),
+        reason=reason.indices.to_numpy().astype(np.int32),
+        reasons=tuple(reason.dictionary.to_pylist()),
     )
 
 
@@ -119,12 +132,3 @@ def emitted_table(
             ]
         ),
     )
-
-
-def _dropped(table: pa.Table) -> dict[str, Counter[str]]:
-    counted: dict[str, Counter[str]] = {}
-    groups = table.group_by(["source", "reason"]).aggregate([([], "count_all")])
-    for group in groups.to_pylist():
-        reasons = counted.setdefault(group["source"], Counter())
-        reasons[group["reason"] or "no reason given"] += group["count_all"]
-    return counted

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import heapq
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from stages.emission.decisions import Decisions
 from stages.emission.gather import Gathered
 from stages.emission.sample import FloatArray, IntArray
 from stages.rows import Message, key_hash
@@ -30,6 +32,8 @@ LONGEST = 1_500
 
 SHOWN = 20
 """Hardest rows, and easiest, that the report shows."""
+SEARCHED = 60
+"""Rows of each fate that can be searched in the report."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +68,7 @@ class Example:
     turns: list[tuple[str, str]]
     before: list[tuple[str, str]] | None
     fate: str = "emitted"
-
-
-def difficulty_column(scores: Mapping[str, npt.NDArray[Any]]) -> str | None:
-    """The first of DIFFICULTY that has values."""
-    return next((name for name in DIFFICULTY if name in scores and _any(scores[name])), None)
+    why: str = ""
 
 
 def extremes(values: npt.NDArray[Any], low_is_hard: bool, count: int) -> tuple[IntArray, IntArray]:
@@ -85,74 +85,108 @@ def extremes(values: npt.NDArray[Any], low_is_hard: bool, count: int) -> tuple[I
     return ranked[:count], ranked[min(count, len(ranked)) :][::-1][:count]
 
 
+def searched_rows(
+    decisions: Decisions, emitted: IntArray, own: npt.NDArray[np.bool_], seed: int
+) -> IntArray:
+    """Numbers of emitted rows, of selected ones that weren't drawn, and of dropped ones.
+
+    At most SEARCHED of each, those of lowest hash; the dropped ones take turns by reason.
+
+    Args:
+        decisions: of selection.
+        emitted: distinct row numbers, int64.
+        own: rows that aren't an anchor's, bool [n].
+        seed: the recipe's.
+    """
+    drawn = np.zeros(len(own), dtype=bool)
+    drawn[emitted] = True
+    groups = [(drawn,), (own & decisions.keep & ~drawn,)]
+    dropped = own & ~decisions.keep
+    groups.append(
+        tuple(
+            dropped & (decisions.reason == code)
+            for code in np.unique(decisions.reason[dropped]).tolist()
+        )
+    )
+    chosen = [
+        row
+        for masks in groups
+        for row in _in_turn([_lowest(decisions, mask, seed) for mask in masks])
+    ]
+    return np.array(chosen, dtype=np.int64)
+
+
 def shown_examples(
     gathered: Gathered,
     rows: IntArray,
     emitted: IntArray,
-    keep: npt.NDArray[np.bool_],
+    decisions: Decisions,
     values: FloatArray,
 ) -> list[Example]:
-    """The rows as text, each with what became of it.
+    """The rows as text, each with what became of it and why.
 
     Args:
         gathered: of the run; the rows are among those shown.
         rows: row numbers, int64.
         emitted: distinct row numbers, int64.
-        keep: what selection kept, bool [n].
-        values: what the rows were ranked by, float64 [n].
+        decisions: of selection.
+        values: what the rows were ranked by, float64 [n] (or [0]: by nothing).
     """
     if not len(rows):
         return []
-    examples = _examples(gathered.shown_rows(rows), None)
-    inside = np.isin(rows, emitted)
+    examples = _examples(gathered.shown_rows(rows))
     return [
         replace(
             one,
-            score=float(values[row]),
-            fate="emitted" if out else "selected" if keep[row] else "dropped",
+            score=float(values[row]) if len(values) and np.isfinite(values[row]) else None,
+            fate=fate(row, emitted, decisions),
+            why=decisions.reasons[decisions.reason[row]],
         )
-        for one, row, out in zip(examples, rows.tolist(), inside.tolist(), strict=True)
+        for one, row in zip(examples, rows.tolist(), strict=True)
     ]
 
 
-def rewrites(gathered: Gathered, emitted: IntArray, seed: int, count: int) -> list[Example]:
-    """Rewritten rows by lowest hash, one of each source in turn."""
-    changed = emitted[gathered.rewritten[emitted]]
-    if not len(changed):
-        return []
-    by_source: dict[str, list[tuple[int, int]]] = {}
-    for numbers, table in gathered.chunks:
-        inside = np.flatnonzero(np.isin(numbers, changed))
-        ids, sources = table["id"].to_pylist(), table["source"].to_pylist()
-        for i in inside.tolist():
-            entry = (key_hash(f"show:{ids[i]}", seed), int(numbers[i]))
-            by_source.setdefault(sources[i], []).append(entry)
-    turns = [
-        (place, source, row)
-        for source, entries in by_source.items()
-        for place, (_, row) in enumerate(sorted(entries)[:count])
-    ]
-    chosen = np.array([row for _, _, row in sorted(turns)[:count]], dtype=np.int64)
-    return _examples(gathered.rows(chosen), difficulty_column(gathered.scores))
+def fate(row: int, emitted: IntArray, decisions: Decisions) -> str:
+    """What became of a row: emitted, selected (and not drawn) or dropped."""
+    place = int(np.searchsorted(emitted, row))
+    if place < len(emitted) and emitted[place] == row:
+        return "emitted"
+    return "selected" if decisions.keep[row] else "dropped"
 
 
-def _examples(table: pa.Table, score: str | None) -> list[Example]:
-    nothing = [None] * table.num_rows
-    values = table[score].to_pylist() if score and score in table.column_names else nothing
+def _lowest(decisions: Decisions, mask: npt.NDArray[np.bool_], seed: int) -> list[int]:
+    """Rows of a mask of lowest hash, at most SEARCHED."""
+    rows = np.flatnonzero(mask).astype(np.int64)
+    hashed = zip(
+        (key_hash(f"search:{row}", seed) for row in decisions.ids_of(rows)),
+        rows.tolist(),
+        strict=True,
+    )
+    return [row for _, row in heapq.nsmallest(SEARCHED, hashed)]
+
+
+def _in_turn(groups: list[list[int]]) -> list[int]:
+    """One of each group after the other, at most SEARCHED in all."""
+    turns = zip_longest(*groups)
+    return [row for turn in turns for row in turn if row is not None][:SEARCHED]
+
+
+def _examples(table: pa.Table) -> list[Example]:
     originals: list[Any] = (
-        table["original"].to_pylist() if "original" in table.column_names else nothing
+        table["original"].to_pylist()
+        if "original" in table.column_names
+        else [None] * table.num_rows
     )
     texts = zip(
         table["id"].to_pylist(),
         table["source"].to_pylist(),
-        values,
         table["effective"].to_pylist(),
         originals,
         strict=True,
     )
     return [
-        Example(name, source, value, _turns(now), _turns(before) if before else None)
-        for name, source, value, now, before in texts
+        Example(name, source, None, _turns(now), _turns(before) if before else None)
+        for name, source, now, before in texts
     ]
 
 
@@ -167,7 +201,3 @@ def _turns(messages: list[Message]) -> list[tuple[str, str]]:
         cut = len(text) > LONGEST
         shown.append((turn["role"], text[:LONGEST].rstrip() + " …" if cut else text))
     return shown
-
-
-def _any(values: Any) -> bool:
-    return bool(np.isfinite(values).any())

@@ -12,11 +12,13 @@ import pyarrow as pa
 
 from stages.base import ShardedColumns
 from stages.emission.decisions import Decisions
-from stages.emission.gather import Gathered
+from stages.emission.prefix import PrefixFacts
+from stages.emission.publication import ModelFacts, WindowFacts, license_warnings, written_terms
 from stages.emission.records import StageRecord
 from stages.emission.sample import IntArray
 from stages.emission.settings import EmissionSettings
 from stages.emission.shards import ShardFile
+from stages.licenses import license_name
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,13 @@ class Facts:
         mixture: the mixture's numbers, or None where weights follow the selected rows.
         shards: written files.
         tasks: target rows by task.
-        licenses: emitted rows by licence, the record's own before its source's; None is unknown.
+        licenses: emitted lines by source and licence; None is unknown.
+        stated: rows of the run by source and licence.
+        models: of the recipe.
+        windows: rows that models' windows didn't hold whole.
+        splits: lines and prompts by split.
+        prefix: numbers of the data set of prefixes, None where there is none.
         rewritten: emitted lines whose text was rewritten.
-        tools: whether lines carry tool definitions.
         columns: names of the emitted columns.
     """
 
@@ -89,9 +95,13 @@ class Facts:
     mixture: Mapping[str, Any] | None
     shards: Sequence[ShardFile]
     tasks: Mapping[str, int]
-    licenses: Mapping[str | None, int]
+    licenses: Mapping[str, Mapping[str | None, int]]
+    stated: Mapping[str, Mapping[str | None, int]]
+    models: Sequence[ModelFacts]
+    windows: Sequence[WindowFacts]
+    splits: Mapping[str, tuple[int, int]]
+    prefix: PrefixFacts | None
     rewritten: int
-    tools: bool
     columns: Sequence[str] = field(default=())
 
     @property
@@ -107,7 +117,30 @@ class Facts:
     @property
     def rows(self) -> int:
         """Emitted lines."""
-        return sum(shard.rows for shard in self.shards)
+        return sum(lines for lines, _ in self.splits.values())
+
+    @property
+    def written(self) -> dict[str, int]:
+        """Emitted lines whose text a model wrote, by its role."""
+        prefixes = sum(self.prefix.lines.values()) if self.prefix else 0
+        return {"reflection.teacher": self.rewritten, "prefixes.model": prefixes}
+
+    @property
+    def warnings(self) -> list[str]:
+        """What to find out or to heed before the data set is published."""
+        return license_warnings(self.licenses, self.models, self.written)
+
+    @property
+    def names_of_licenses(self) -> set[str | None]:
+        """Of all emitted lines, and the stated terms of the models that wrote some."""
+        rows = {name for counts in self.licenses.values() for name in counts}
+        return rows | written_terms(self.models, self.written)
+
+    def license_of(self, source: SourceFacts) -> str:
+        """The licences of a source's rows in words."""
+        counts = self.stated.get(source.name) or {license_name(source.license): 1}
+        names = sorted(counts, key=lambda name: (-counts[name], name or ""))
+        return ", ".join(name or "not stated" for name in names)
 
     @property
     def tokens(self) -> int:
@@ -168,7 +201,7 @@ def source_facts(
                 end_markers=counts.get("end_markers") or 0,
                 kept=int(mine.sum()),
                 selected=int((mine & decisions.keep).sum()),
-                dropped=decisions.dropped.get(name, {}),
+                dropped=decisions.dropped(name),
                 weight=float(weights.get(name, 0.0)),
                 quota=quotas.get(name, 0),
                 available=available.get(name, 0),
@@ -179,17 +212,6 @@ def source_facts(
             )
         )
     return facts
-
-
-def licenses(gathered: Gathered, recipe: Mapping[str, Any]) -> Counter[str | None]:
-    """Emitted rows by licence: the record's own, else its source's, else None."""
-    declared = {entry["name"]: entry.get("license") for entry in recipe.get("sources") or []}
-    counted: Counter[str | None] = Counter()
-    for _, table in gathered.chunks:
-        own = table["license"].to_pylist() if "license" in table.column_names else []
-        for i, source in enumerate(table["source"].to_pylist()):
-            counted[(own[i] if own else None) or declared.get(source)] += 1
-    return counted
 
 
 def task_counts(targets: ShardedColumns) -> dict[str, int]:

@@ -14,9 +14,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stages.base import ShardedColumns
+from stages.emission.audit import ReflectionAudit
 from stages.emission.decisions import Decisions
 from stages.emission.sample import FloatArray, IntArray
 from stages.errors import StageError
+from stages.licenses import license_name
 from stages.rows import MESSAGES, ROWS, effective_messages, instruction
 
 _HEAVY = re.compile(r"(^|_)(vector|embedding|code|latent|activation|indices|feature)s?($|_)")
@@ -25,6 +27,10 @@ _CHARTED = re.compile(
     r"|failed_step_fraction|similarity.*)$"
 )
 _COUNTED = re.compile(r"(_status|outcome)$")
+_CUT = re.compile(r"_truncated$|^embedding_chunks$")
+_SPENT = re.compile(r"^(.+_)?tokens$")
+PREFIX = ("prefix_kind", "prefix_prompt_ids", "prefix_ids", "prefix_text", "prefix_sampled_tokens")
+"""Columns of the prefixes stage that make up a data set of their own."""
 
 
 @dataclass
@@ -37,18 +43,34 @@ class Gathered:
         shown: the same of rows that the report shows, emitted or not.
         scores: charted columns of all rows, float32 [n], NaN where null.
         rewritten: bool [n].
+        audit: of reflection.
         counts: outcomes and statuses of all rows, by column and value.
+        cut: rows that have a value of a column on what a window held, and those that were cut.
+        spent: sums over all rows, by column of tokens.
+        valued: rows that have a value there.
+        licenses: rows by source and licence (its name, None where none is stated).
     """
 
     chunks: list[tuple[IntArray, pa.Table]]
     shown: list[tuple[IntArray, pa.Table]]
     scores: dict[str, npt.NDArray[np.float32]]
     rewritten: npt.NDArray[np.bool_]
+    audit: ReflectionAudit
     counts: dict[str, Counter[str]] = field(default_factory=dict)
+    cut: dict[str, tuple[int, int]] = field(default_factory=dict)
+    spent: Counter[str] = field(default_factory=Counter)
+    valued: Counter[str] = field(default_factory=Counter)
+    licenses: dict[str, Counter[str | None]] = field(default_factory=dict)
 
-    def rows(self, wanted: IntArray) -> pa.Table:
-        """The columns of emitted rows, by row number, in the order asked for."""
-        return _taken(self.chunks, wanted)
+    def rows(self, wanted: IntArray, names: Sequence[str] | None = None) -> pa.Table:
+        """Columns (all, or those named) of emitted rows by number, in the order asked for."""
+        if names is None:
+            return _taken(self.chunks, wanted)
+        return _taken([(rows, table.select(list(names))) for rows, table in self.chunks], wanted)
+
+    def holds(self, name: str) -> bool:
+        """Whether the emitted rows have a column."""
+        return any(name in table.column_names for _, table in self.chunks)
 
     def shown_rows(self, wanted: IntArray) -> pa.Table:
         """The columns of shown rows, by row number, in the order asked for."""
@@ -58,7 +80,23 @@ class Gathered:
 def provenance_columns(present: Sequence[str]) -> tuple[str, ...]:
     """Columns added by stages that are small enough to travel with a row: no vectors."""
     own = {*ROWS.names, "messages_reflected", "answer_effective", "task"}
-    return tuple(name for name in present if name not in own and not _HEAVY.search(name))
+    return tuple(
+        name
+        for name in present
+        if name not in own and not _HEAVY.search(name) and not name.startswith("prefix")
+    )
+
+
+def audited_columns(present: Sequence[str]) -> tuple[str, ...]:
+    """Columns that are counted over all rows, whether or not they travel with one."""
+    return tuple(
+        name
+        for name in present
+        if _COUNTED.search(name)
+        or _CUT.search(name)
+        or _SPENT.match(name)
+        or re.fullmatch(r"reflection_\w+_result", name)
+    )
 
 
 def read_scores(columns: ShardedColumns, name: str) -> FloatArray:
@@ -72,6 +110,7 @@ def gather(
     decisions: Decisions,
     wanted: IntArray,
     shown: IntArray,
+    seed: int,
 ) -> Gathered:
     """Stream the columns and keep the wanted rows.
 
@@ -81,12 +120,13 @@ def gather(
         decisions: of the run, in the same order.
         wanted: numbers of the rows to keep, distinct and ascending, int64.
         shown: numbers of the rows that the report shows, likewise.
+        seed: of the sample of rewrites.
 
     Raises:
         StageError: the rows aren't those that selection decided on.
     """
     total = len(decisions.keep)
-    found = Gathered([], [], {}, np.zeros(total, dtype=bool))
+    found = Gathered([], [], {}, np.zeros(total, dtype=bool), ReflectionAudit(seed))
     start = 0
     for table in columns.iter(names):
         stop = start + table.num_rows
@@ -98,6 +138,7 @@ def gather(
                 stage="emission",
             )
         _count(found, table, slice(start, stop))
+        found.audit.see(table, start)
         for numbers, chunks in ((wanted, found.chunks), (shown, found.shown)):
             first, last = np.searchsorted(numbers, (start, stop))
             if last > first:
@@ -138,8 +179,30 @@ def _count(found: Gathered, table: pa.Table, here: slice) -> None:
                 if pair["values"] is not None:
                     # What comes after the code belongs to one row alone.
                     counted[": ".join(pair["values"].split(": ")[:2])] += pair["counts"]
+        if _CUT.search(name):
+            asked, cut = found.cut.get(name, (0, 0))
+            over = pc.greater(table[name].cast(pa.int32()), 1 if name == "embedding_chunks" else 0)
+            found.cut[name] = (
+                asked + len(over) - over.null_count,
+                cut + (pc.sum(over).as_py() or 0),
+            )
+        if _SPENT.match(name) and pa.types.is_integer(kind):
+            found.spent[name] += pc.sum(table[name]).as_py() or 0
+            found.valued[name] += table.num_rows - table[name].null_count
+    _count_licenses(found, table)
     if "messages_reflected" in table.column_names:
         found.rewritten[here] = pc.is_valid(table["messages_reflected"]).to_numpy()
+
+
+def _count_licenses(found: Gathered, table: pa.Table) -> None:
+    if "license" not in table.column_names:
+        return
+    pairs = pa.table({name: table[name].cast(pa.string()) for name in ("source", "license")})
+    counted = pairs.group_by(["source", "license"]).aggregate([([], "count_all")])
+    for source, stated, count in zip(
+        *(counted[name].to_pylist() for name in ("source", "license", "count_all")), strict=True
+    ):
+        found.licenses.setdefault(source, Counter())[license_name(stated)] += count
 
 
 def _compact(table: pa.Table) -> pa.Table:
@@ -157,6 +220,7 @@ def _compact(table: pa.Table) -> pa.Table:
             pa.types.is_integer(column.type)
             or pa.types.is_floating(column.type)
             or pa.types.is_boolean(column.type)
+            or name in PREFIX
         ):
             columns[name] = column
     if "answer_effective" in columns:

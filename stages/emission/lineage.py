@@ -7,6 +7,9 @@ from typing import Any
 
 from stages.emission.facts import Facts, SourceFacts
 
+SCHEMA = 2
+"""Of the file: goes up when fields change their meaning or go."""
+
 
 def lineage_json(facts: Facts, version: int) -> bytes:
     """The lineage as readable JSON with sorted keys.
@@ -18,11 +21,16 @@ def lineage_json(facts: Facts, version: int) -> bytes:
         version: of the emission stage.
     """
     stages = [
-        {"stage": stage.name, "version": stage.version, "fingerprint": stage.fingerprint}
+        {
+            "stage": stage.name,
+            "version": stage.version,
+            "fingerprint": stage.fingerprint,
+            "statuses": dict(stage.statuses),
+        }
         for stage in facts.stages
     ]
     value = {
-        "schema": 1,
+        "schema": SCHEMA,
         "recipe": facts.name,
         "seed": facts.seed,
         "stages": [*stages, {"stage": "emission", "version": version}],
@@ -40,6 +48,18 @@ def lineage_json(facts: Facts, version: int) -> bytes:
         "sources": [_source(source) for source in facts.sources],
         "targets": dict(facts.tasks),
         "mixture": dict(facts.mixture) if facts.mixture is not None else None,
+        "splits": {
+            name: {"rows": rows, "prompts": prompts}
+            for name, (rows, prompts) in facts.splits.items()
+        },
+        "prefix": facts.prefix.as_dict() if facts.prefix else None,
+        "licenses": {
+            source: {name or "not stated": rows for name, rows in counts.items()}
+            for source, counts in facts.licenses.items()
+        },
+        "models": [vars(model) for model in facts.models],
+        "windows": [vars(window) for window in facts.windows],
+        "warnings": facts.warnings,
         "columns": list(facts.columns),
         "shards": [vars(shard) for shard in facts.shards],
     }
@@ -50,7 +70,7 @@ def _source(source: SourceFacts) -> dict[str, Any]:
     return {
         "name": source.name,
         "role": source.role,
-        "license": source.license,
+        "stated_license": source.license,
         "files": list(source.paths),
         "records": source.records,
         "rejected": dict(source.rejected),

@@ -30,24 +30,31 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     return [round(i * step, 10) for i in range(first, last + 1)]
 
 
-def histogram(all_rows: Values, emitted: Values, low: float, high: float, label: str) -> Markup:
+def histogram(
+    filled: Values,
+    outlined: Values,
+    low: float,
+    high: float,
+    label: str,
+    names: tuple[str, str] = ("all rows", "emitted rows"),
+) -> Markup:
     """Two distributions over one axis, each as shares of its own rows.
 
     Values outside the range count in the outermost bins.
 
     Args:
-        all_rows: finite values, filled.
-        emitted: finite values, outlined.
+        filled: finite values.
+        outlined: finite values.
         low: left end of the axis.
         high: right end of the axis.
         label: for screen readers.
+        names: of the two.
     """
     bins, left, right, top, bottom = 28, 6.0, 314.0, 8.0, 104.0
     width = (right - left) / bins
     edges = np.linspace(low, high, bins + 1)
-    filled = _shares(all_rows, edges)
-    line = _shares(emitted, edges)
-    peak = max(float(filled.max()), float(line.max()), 1e-9)
+    under, over = _shares(filled, edges), _shares(outlined, edges)
+    peak = max(float(under.max()), float(over.max()), 1e-9)
 
     def height(share: float) -> float:
         return bottom - share / peak * (bottom - top)
@@ -55,14 +62,14 @@ def histogram(all_rows: Values, emitted: Values, low: float, high: float, label:
     bars = [
         f'<rect class="c-all" x="{left + i * width + 0.5:.1f}" y="{height(share):.1f}" '
         f'width="{width - 1:.1f}" height="{bottom - height(share):.1f}">'
-        f"<title>{edges[i]:.3g} to {edges[i + 1]:.3g}: {share:.1%} of all rows, "
-        f"{line[i]:.1%} of emitted rows</title></rect>"
-        for i, share in enumerate(filled.tolist())
+        f"<title>{edges[i]:.3g} to {edges[i + 1]:.3g}: {share:.1%} of "
+        f"{escape(names[0])}, {over[i]:.1%} of {escape(names[1])}</title></rect>"
+        for i, share in enumerate(under.tolist())
     ]
     path = ""
-    if len(emitted):
+    if len(outlined):
         steps = [f"M{left:.1f} {bottom:.1f}"]
-        for i, share in enumerate(line.tolist()):
+        for i, share in enumerate(over.tolist()):
             steps.append(f"V{height(share):.1f}H{left + (i + 1) * width:.1f}")
         path = f'<path class="c-line" d="{"".join(steps)}V{bottom:.1f}"/>'
     return _svg(320, 126, label, "".join(bars) + path + _axis(low, high, left, right, bottom))

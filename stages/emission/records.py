@@ -1,4 +1,4 @@
-"""What the manifests of earlier stages say."""
+"""What the identities and manifests of earlier stages say."""
 
 from __future__ import annotations
 
@@ -8,61 +8,60 @@ from typing import Any
 
 from stages.storage import Store
 
-FLOW = (
-    "ingest",
-    "difficulty",
-    "reflection",
-    "dictionary",
-    "features",
-    "embedding",
-    "selection",
-    "mixture",
-)
-
 
 @dataclass(frozen=True)
 class StageRecord:
-    """One stage of the run; what its manifest doesn't say is None or empty.
+    """One stage of the run; what its files don't say is None or empty.
 
     Attributes:
         name: of the stage.
         version: of the stage's code.
         fingerprint: identity of what it computed.
+        models: settings and weights of its models, by role.
         seconds: wall time. It differs between runs: reports only.
         rows_computed: rows computed in this run.
         rows_reused: rows taken from earlier work.
-        counts: named counts (tokens and the like); with a resume they differ: reports only.
+        statuses: rows by status.
         report: the stage's own numbers.
     """
 
     name: str
     version: Any = None
     fingerprint: str | None = None
+    models: Mapping[str, Any] = field(default_factory=dict)
     seconds: float | None = None
     rows_computed: int | None = None
     rows_reused: int | None = None
-    counts: Mapping[str, Any] = field(default_factory=dict)
+    statuses: Mapping[str, int] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def asked(self) -> int:
+        """Rows that a row stage was asked for."""
+        return sum(count for status, count in self.statuses.items() if status != "not_requested")
 
 
 def read_records(artifacts: Mapping[str, Store]) -> list[StageRecord]:
-    """The stages' records in the order of the flow, other stages before selection, by name."""
-    other = sorted(set(artifacts) - set(FLOW))
-    order = [*FLOW[:-2], *other, *FLOW[-2:]]
-    return [_record(name, artifacts[name]) for name in order if name in artifacts]
+    """The stages' records, in the order given."""
+    return [_record(name, store) for name, store in artifacts.items()]
 
 
 def _record(name: str, store: Store) -> StageRecord:
-    if not store.exists("manifest.json"):
-        return StageRecord(name)
-    manifest = store.read_json("manifest.json")
+    manifest = _json(store, "manifest.json")
+    identity = _json(store, "identity.json")
     return StageRecord(
         name=name,
-        version=manifest.get("version"),
+        version=identity.get("version"),
         fingerprint=manifest.get("fingerprint"),
+        models=identity.get("models") or {},
         seconds=manifest.get("seconds"),
         rows_computed=manifest.get("rows_computed"),
         rows_reused=manifest.get("rows_reused"),
-        counts=manifest.get("counts") or {},
+        statuses=manifest.get("counts") or {},
         report=manifest.get("report") or {},
     )
+
+
+def _json(store: Store, name: str) -> dict[str, Any]:
+    value: dict[str, Any] = store.read_json(name) if store.exists(name) else {}
+    return value

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import base64
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +16,15 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from stages.emission import plots
+from stages.emission.bars import Bar, Chart, bars_of
 from stages.emission.certificate import certificate_sentences
 from stages.emission.decisions import Decisions
-from stages.emission.examples import LOW_IS_HARD, Ranked, rewrites, shown_examples
+from stages.emission.examples import LOW_IS_HARD, Ranked, shown_examples
 from stages.emission.facts import Facts
 from stages.emission.gather import Gathered
+from stages.emission.reflection_view import reflection_view
 from stages.emission.sample import IntArray
 
-_TEMPLATE = Path(__file__).with_name("report.html.j2")
 _IFD = "Near 1, the instruction helps the student little in predicting the response; low is easy."
 _SOLVED = "The share of the model's own answers that verify; low values are hard."
 _DIFFICULTY = {
@@ -48,25 +52,29 @@ _DIFFICULTY = {
 """Scores that have a histogram a source: title, and how to read it."""
 
 
+_SPENT = {
+    "response_tokens": ("difficulty", "scored"),
+    "prompt_tokens": ("pass_rate", "in prompts"),
+    "rollout_tokens": ("pass_rate", "generated"),
+    "teacher_tokens": ("reflection", "generated"),
+    "teacher_prompt_tokens": ("reflection", "in prompts"),
+    "prefix_sampled_tokens": ("prefixes", "generated"),
+    "tokens": ("features", "read"),
+}
+"""Columns of tokens: their stage, and what was done with them."""
+
+
 @dataclass(frozen=True)
-class Chart:
-    """A small chart of one source."""
+class Chosen:
+    """Rows that the page shows, emitted or not: the extremes of a score, and a sample to search."""
 
-    title: str
-    note: str
-    svg: Markup
+    ranked: Ranked
+    searched: IntArray
 
-
-@dataclass(frozen=True)
-class Bar:
-    """A line of a bar chart; positions are percentages of its width."""
-
-    name: str
-    width: float
-    note: str
-    low: float | None = None
-    high: float | None = None
-    cap: float | None = None
+    @property
+    def numbers(self) -> IntArray:
+        """All of them, distinct and ascending."""
+        return np.union1d(self.ranked.numbers, self.searched).astype(np.int64)
 
 
 def report_html(
@@ -74,35 +82,41 @@ def report_html(
     gathered: Gathered,
     decisions: Decisions,
     order: IntArray,
-    seed: int,
-    ranked: Ranked,
+    chosen: Chosen,
+    rejects: Sequence[Mapping[str, Any]],
 ) -> bytes:
     """The page. Its times are the manifests', so they differ between runs of one recipe.
 
     Args:
         facts: of the data set.
-        gathered: emitted rows and the scores of all rows.
+        gathered: emitted rows, the rows shown, and what was counted over all rows.
         decisions: of selection.
         order: emitted row numbers, copies included.
-        seed: for the choice of rewrites shown.
-        ranked: the hardest and easiest rows.
+        chosen: the rows that are shown.
+        rejects: rejected records that are shown.
     """
     emitted = np.unique(order)
+    ranked = chosen.ranked
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["n"] = _number
     environment.filters["duration"] = _duration
-    hardest, easiest = (
-        shown_examples(gathered, rows, emitted, decisions.keep, ranked.values)
-        for rows in (ranked.hardest, ranked.easiest)
+    hardest, easiest, searched = (
+        shown_examples(gathered, rows, emitted, decisions, ranked.values)
+        for rows in (ranked.hardest, ranked.easiest, chosen.searched)
     )
     similar = [name for name in sorted(gathered.scores) if name.startswith("similarity")]
-    page = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+    script = _resource("report.js")
+    page = environment.from_string(_resource("report.html.j2")).render(
         facts=facts,
+        style=Markup(_resource("report.css")),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         unit=facts.settings.unit,
         flow=_flow(facts),
         anchors=[source for source in facts.sources if source.role == "anchor"],
+        licenses=_licenses(facts),
         mixture_bars=_mixture_bars(facts),
         certificate=certificate_sentences(facts.mixture) if facts.mixture else [],
         difficulty=[
@@ -116,15 +130,17 @@ def report_html(
             for name in similar
             if (charts := _charts(gathered, decisions, emitted, facts, name))
         ],
-        change=_change(gathered),
+        reflection=reflection_view(gathered, decisions, emitted),
         outcomes=_outcomes(gathered),
-        samples=rewrites(gathered, emitted, seed, 6),
         hardest=hardest,
         easiest=easiest,
+        searched=searched,
+        rejects=rejects,
         score=ranked.score,
         low_is_hard=ranked.score in LOW_IS_HARD,
+        tokens=_tokens(gathered),
         reasons=[
-            (title, _bars(counts))
+            (title, bars_of(counts))
             for title, counts in (
                 ("Rejected at ingest", facts.reasons("rejected")),
                 ("Dropped by selection", facts.reasons("dropped")),
@@ -133,6 +149,31 @@ def report_html(
         ],
     )
     return page.encode()
+
+
+def _resource(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
+def _licenses(facts: Facts) -> list[Bar]:
+    counted: Counter[str] = Counter()
+    for counts in facts.licenses.values():
+        counted.update({name or "not stated": lines for name, lines in counts.items()})
+    return bars_of(dict(counted.most_common()))
+
+
+def _tokens(gathered: Gathered) -> dict[str, list[str]]:
+    """What each stage's models read and wrote, over all rows, in words."""
+    said: dict[str, list[str]] = {}
+    for name, count in gathered.spent.items():
+        stage, words = _SPENT.get(name) or (
+            ("reflection", name.removesuffix("_tokens").replace("_", " "))
+            if name.startswith("teacher_")
+            else (None, "")
+        )
+        if stage is not None and gathered.valued[name]:
+            said.setdefault(stage, []).append(f"{count:,} {words}")
+    return said
 
 
 def _flow(facts: Facts) -> Markup:
@@ -173,42 +214,15 @@ def _charts(
     return charts
 
 
-def _change(gathered: Gathered) -> Chart | None:
-    """IFD before against after, of rewritten rows."""
-    before = gathered.scores.get("ifd_before", gathered.scores.get("ifd"))
-    after = gathered.scores.get("ifd_effective")
-    if before is None or after is None:
-        return None
-    both = np.isfinite(before) & np.isfinite(after) & gathered.rewritten
-    if not both.any():
-        return None
-    raised = float(np.mean(after[both] > before[both]))
-    medians = [float(np.median(values[both])) for values in (before, after)]
-    note = (
-        f"{int(both.sum()):,} rewritten rows: median {medians[0]:.3g} before, {medians[1]:.3g} "
-        f"after; IFD rose in {raised:.0%} of them."
-    )
-    return Chart("IFD before and after", note, plots.scatter(before[both], after[both], note))
-
-
 def _outcomes(gathered: Gathered) -> list[tuple[str, list[Bar]]]:
     """Outcomes and statuses by column; a column that says `ok` alone tells nothing."""
     shown = []
     for name in sorted(gathered.counts, key=lambda name: (not name.endswith("outcome"), name)):
         counts = gathered.counts[name]
-        if set(counts) - {"ok"}:
+        if set(counts) - {"ok"} and not name.startswith("reflection_"):
             ranked = dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
-            shown.append((name, _bars(ranked)))
+            shown.append((name, bars_of(ranked)))
     return shown
-
-
-def _bars(counts: Mapping[str, int], most: int = 12) -> list[Bar]:
-    items = list(counts.items())
-    if len(items) > most:
-        rest = sum(count for _, count in items[most - 1 :])
-        items = [*items[: most - 1], (f"{len(items) - most + 1} others", rest)]
-    widest = max(max(count for _, count in items), 1)
-    return [Bar(name, 100 * count / widest, f"{count:,}") for name, count in items]
 
 
 def _mixture_bars(facts: Facts) -> list[Bar]:

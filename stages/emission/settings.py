@@ -32,6 +32,13 @@ class EmissionSettings(Settings):
     shard_bytes: int = Field(
         default=256_000_000, ge=1, description="Target size of a file, in uncompressed bytes."
     )
+    validation: float = Field(
+        default=0.0,
+        ge=0,
+        le=0.5,
+        description="Share of the emitted rows to hold out, by prompt: all rows of one prompt are "
+        "on one side.",
+    )
     provenance: bool = Field(
         default=True, description="Write scores, outcomes and the original text of rewritten rows."
     )

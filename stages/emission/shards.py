@@ -11,18 +11,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stages.emission.formats import Layout, plan_layout
-from stages.emission.gather import Gathered
+from stages.emission.gather import PREFIX, Gathered
 from stages.emission.provenance import provenance, provenance_type
 from stages.emission.sample import IntArray
 from stages.emission.settings import EmissionSettings
+from stages.emission.splits import TRAIN, VALIDATION
 from stages.storage import parquet_bytes
+
+FOLDERS = {TRAIN: "data", VALIDATION: "validation"}
+"""A folder for each split: LLaMA-Factory reads a folder as one split."""
+_GROUP_BYTES = 64_000_000
 
 
 @dataclass(frozen=True)
 class ShardFile:
-    """A written file: name below the data set's folder, rows, bytes on disk, SHA-256 in hex."""
+    """A written file: name below the data set's folder, split, rows, bytes, SHA-256 in hex."""
 
     name: str
+    split: str
     rows: int
     bytes: int
     sha256: str
@@ -65,16 +71,16 @@ def plan_schema(gathered: Gathered, settings: EmissionSettings, carried: tuple[s
 
 def write_shards(
     gathered: Gathered,
-    order: IntArray,
+    splits: Mapping[str, IntArray],
     schema: Schema,
     shard_bytes: int,
     metadata: Mapping[str, str],
 ) -> tuple[list[ShardFile], dict[str, bytes]]:
-    """Files in the order of `order`, with equal numbers of rows (up to one).
+    """Files of every split in its order, with equal numbers of rows (up to one).
 
     Args:
         gathered: the emitted rows.
-        order: row numbers, int64 [n], n >= 1.
+        splits: row numbers by split, int64 [n], n >= 1.
         schema: of every file.
         shard_bytes: target size of a file in uncompressed bytes.
         metadata: for the files' footers.
@@ -84,18 +90,51 @@ def write_shards(
     """
     held = sum(table.num_rows for _, table in gathered.chunks)
     size = sum(
-        content_bytes(table[name]) for _, table in gathered.chunks for name in table.schema.names
+        content_bytes(table[name])
+        for _, table in gathered.chunks
+        for name in table.schema.names
+        if name not in PREFIX
     )
-    count = min(len(order), max(1, -(-size * len(order) // (held * shard_bytes))))
-    shards, files = [], {}
-    for i in range(count):
-        start, stop = i * len(order) // count, (i + 1) * len(order) // count
-        name = f"data/train-{i:05d}-of-{count:05d}.parquet"
-        table = _table(gathered.rows(order[start:stop]), schema)
-        files[name] = parquet_bytes(table, metadata)
-        digest = hashlib.sha256(files[name]).hexdigest()
-        shards.append(ShardFile(name, stop - start, len(files[name]), digest))
+    shards: list[ShardFile] = []
+    files: dict[str, bytes] = {}
+    for split, order in splits.items():
+        count = min(len(order), max(1, -(-size * len(order) // (held * shard_bytes))))
+        for i in range(count):
+            rows = order[i * len(order) // count : (i + 1) * len(order) // count]
+            name = f"{FOLDERS[split]}/{split}-{i:05d}-of-{count:05d}.parquet"
+            table = _table(gathered.rows(rows), schema)
+            files[name] = data_bytes(table, metadata)
+            shards.append(shard_file(name, split, table.num_rows, files[name]))
     return shards, files
+
+
+def write_prefixes(
+    tables: Mapping[str, pa.Table], metadata: Mapping[str, str]
+) -> tuple[list[ShardFile], dict[str, bytes]]:
+    """One file a split: lines of prefixes are short."""
+    shards: list[ShardFile] = []
+    files: dict[str, bytes] = {}
+    for split, table in tables.items():
+        name = f"prefix/{split}-00000-of-00001.parquet"
+        files[name] = data_bytes(table, metadata)
+        shards.append(shard_file(name, split, table.num_rows, files[name]))
+    return shards, files
+
+
+def shard_file(name: str, split: str, rows: int, data: bytes) -> ShardFile:
+    """The facts of a file."""
+    return ShardFile(name, split, rows, len(data), hashlib.sha256(data).hexdigest())
+
+
+def data_bytes(table: pa.Table, metadata: Mapping[str, str]) -> bytes:
+    """Parquet as the Hub reads it well: row groups of some 64 MB, pages cut by content.
+
+    Pages that are cut by content keep equal rows in equal bytes when rows are added, so that a new
+    version uploads what is new.
+    """
+    size = sum(content_bytes(table[name]) for name in table.schema.names)
+    rows = max(1, min(10_000, _GROUP_BYTES * table.num_rows // max(1, size)))
+    return parquet_bytes(table, metadata, group_rows=rows, content_pages=True)
 
 
 def content_bytes(column: Any) -> int:

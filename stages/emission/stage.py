@@ -3,28 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from stages.base import Columns, Outcome, ShardedColumns
-from stages.emission.card import card_markdown
+from stages.emission.card import card_markdown, recipe_yaml
+from stages.emission.croissant import croissant_json
 from stages.emission.decisions import Decisions, emitted_table, read_decisions
-from stages.emission.examples import DIFFICULTY, LOW_IS_HARD, SHOWN, Ranked, extremes
-from stages.emission.facts import Facts, licenses, source_facts, task_counts
-from stages.emission.gather import gather, provenance_columns, read_scores
-from stages.emission.lineage import lineage_json
+from stages.emission.examples import (
+    DIFFICULTY,
+    LOW_IS_HARD,
+    SHOWN,
+    Ranked,
+    extremes,
+    searched_rows,
+)
+from stages.emission.facts import Facts, source_facts, task_counts
+from stages.emission.gather import (
+    PREFIX,
+    Gathered,
+    audited_columns,
+    gather,
+    provenance_columns,
+    read_scores,
+)
+from stages.emission.lineage import SCHEMA, lineage_json
+from stages.emission.prefix import PrefixFacts, prefix_facts, prefix_tables
+from stages.emission.publication import emitted_licenses, model_facts, window_facts
 from stages.emission.quotas import plan_quotas, shares
 from stages.emission.records import StageRecord, read_records
-from stages.emission.report import report_html
+from stages.emission.rejects import rejected_examples
+from stages.emission.report import Chosen, report_html
 from stages.emission.sample import FloatArray, IntArray, fill_quota, sampling_order, shuffled
 from stages.emission.settings import EmissionSettings
-from stages.emission.shards import plan_schema, write_shards
+from stages.emission.shards import ShardFile, plan_schema, write_prefixes, write_shards
+from stages.emission.splits import prompt_count, split_rows
+from stages.emission.trainers import trainer_files
 from stages.errors import ConfigError, StageError
 from stages.mixture.emitted import emitted_value
 from stages.mixture.settings import MixtureSettings
 from stages.storage import Store
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is decided before a row is read.
+
+    Attributes:
+        records: of earlier stages.
+        decisions: of selection.
+        mixture: the mixture's report, None where none was fitted.
+        available: rows or tokens that each source can give.
+        weights: shares of the sources, summing to 1.
+        quotas: rows or tokens of each source.
+    """
+
+    records: list[StageRecord]
+    decisions: Decisions
+    mixture: Mapping[str, Any] | None
+    available: Mapping[str, int]
+    weights: Mapping[str, float]
+    quotas: Mapping[str, int]
 
 
 class EmissionStage:
@@ -36,7 +80,7 @@ class EmissionStage:
     """
 
     name = "emission"
-    version = 1
+    version = 2
 
     def __init__(
         self,
@@ -76,9 +120,18 @@ class EmissionStage:
                 self._anchors.add(source["name"])
 
     def columns(self) -> Columns:
-        """The text, and every small column that stages added."""
+        """The text, every small column that stages added, and prefixes."""
         own = ("id", "source", "messages", "messages_reflected", "tools", "answer")
-        wanted = (*own, "answer_effective", "license", *provenance_columns(self.present))
+        wanted = dict.fromkeys(
+            (
+                *own,
+                "answer_effective",
+                "license",
+                *provenance_columns(self.present),
+                *audited_columns(self.present),
+                *PREFIX,
+            )
+        )
         always = ("id", "source", "messages")
         needs = tuple(name for name in wanted if name in always or name in self.present)
         return Columns(needs=needs, adds=pa.schema([]))
@@ -91,71 +144,179 @@ class EmissionStage:
         Args:
             columns: of the run.
             targets: rows with a `task`, to be counted.
-            artifacts: folders of earlier stages; `selection` must be there.
+            artifacts: folders of earlier stages, in their order; `selection` must be there.
 
         Returns:
-            Table `emitted` (id, source, shard, position, copies); files `data/train-*.parquet`,
-            `README.md`, `report.html`, `lineage.json`; report with rows, tokens, quotas and
-            shortfalls by source.
+            Table `emitted` (id, source, shard, position, copies); files of data, of prefixes and
+            for trainers, `README.md`, `report.html`, `lineage.json`, `croissant.json`,
+            `recipe.yaml`; report with rows, tokens, quotas and shortfalls by source.
 
         Raises:
             StageError: quotas can't be met, nothing is left, or rows don't fit the format.
         """
-        settings, unit = self.settings, self.settings.unit
-        records = read_records(artifacts)
-        reports = {record.name: record.report for record in records}
-        decisions = read_decisions(artifacts["selection"], unit == "tokens")
-        mixture = reports.get("mixture")
-        available = self._available(decisions, repeats=True)
-        weights = self._weights(decisions, mixture)
-        quotas = plan_quotas(weights, available, settings.budget, unit)
-        order = self._order(columns, decisions, quotas)
+        plan = self._plan(artifacts)
+        order = self._order(columns, plan)
+        mixture = plan.mixture
         if mixture is not None and self.recipe.get("mixture"):
             mixture = dict(mixture) | emitted_value(
                 columns,
                 targets,
                 order,
-                [decisions.names[code] for code in decisions.source.tolist()],
+                [plan.decisions.names[code] for code in plan.decisions.source.tolist()],
                 mixture,
                 MixtureSettings.model_validate(self.recipe["mixture"]),
                 self.seed,
             )
-        ranked = self._ranked(columns, decisions)
-        gathered = gather(
-            columns, self.columns().needs, decisions, np.unique(order), ranked.numbers
+        chosen, gathered = self._gathered(columns, plan.decisions, order)
+        splits = split_rows(gathered, order, self.settings.validation, self.seed)
+        order = np.concatenate(list(splits.values()))
+        schema = plan_schema(gathered, self.settings, provenance_columns(self.present))
+        metadata = self._metadata(plan.records)
+        shards, files = write_shards(gathered, splits, schema, self.settings.shard_bytes, metadata)
+        prefixes = prefix_tables(gathered, splits)
+        prefix_shards, prefix_files = write_prefixes(prefixes, metadata)
+        facts = self._facts(
+            plan,
+            targets,
+            gathered,
+            splits,
+            mixture=mixture,
+            shards=[*shards, *prefix_shards],
+            prefix=prefix_facts(prefixes, gathered),
+            columns=schema.arrow.names,
         )
-        schema = plan_schema(gathered, settings, provenance_columns(self.present))
-        shards, files = write_shards(
-            gathered, order, schema, settings.shard_bytes, self._metadata(records)
+        trainers = trainer_files(facts.name, schema, facts.splits)
+        rejects = rejected_examples(artifacts["ingest"], self.seed) if "ingest" in artifacts else []
+        files |= prefix_files
+        files |= trainers.files
+        files["README.md"] = card_markdown(facts, self.version, trainers.notes)
+        files["report.html"] = report_html(facts, gathered, plan.decisions, order, chosen, rejects)
+        files["lineage.json"] = lineage_json(facts, self.version)
+        files["croissant.json"] = croissant_json(facts, schema.arrow)
+        files["recipe.yaml"] = recipe_yaml(self.recipe)
+        emitted = emitted_table(
+            plan.decisions, order, [(shard.name, shard.rows) for shard in shards]
         )
-        facts = Facts(
+        return Outcome(tables={"emitted.parquet": emitted}, report=_report(facts), files=files)
+
+    def report(
+        self,
+        columns: ShardedColumns,
+        targets: ShardedColumns,
+        artifacts: Mapping[str, Store],
+        dataset: Store,
+    ) -> bytes:
+        """`report.html` of a data set that was written, made again from what is there.
+
+        Args:
+            columns: of the run.
+            targets: rows with a `task`, to be counted.
+            artifacts: folders of earlier stages, in their order.
+            dataset: the folder that `decide` filled.
+
+        Raises:
+            StageError: another version of this stage wrote it.
+        """
+        lineage = dataset.read_json("lineage.json")
+        if lineage["schema"] != SCHEMA:
+            raise StageError(
+                "emission: another version of tamis wrote this data set; run again with "
+                "--restart-from emission",
+                stage=self.name,
+            )
+        plan = self._plan(artifacts)
+        emitted = dataset.read_table("emitted.parquet", ["id", "shard"])
+        rows = pc.index_in(emitted["id"], value_set=plan.decisions.ids).combine_chunks()
+        order = rows.to_numpy().astype(np.int64)
+        shards = [ShardFile(**shard) for shard in lineage["shards"]]
+        of = {shard.name: shard.split for shard in shards}
+        split = np.array([of[name] for name in emitted["shard"].to_pylist()])
+        splits = {name: order[split == name] for name in lineage["splits"]}
+        chosen, gathered = self._gathered(columns, plan.decisions, order)
+        facts = self._facts(
+            plan,
+            targets,
+            gathered,
+            splits,
+            mixture=lineage["mixture"],
+            shards=shards,
+            prefix=prefix_facts(prefix_tables(gathered, splits), gathered),
+            columns=lineage["columns"],
+        )
+        rejects = rejected_examples(artifacts["ingest"], self.seed) if "ingest" in artifacts else []
+        return report_html(facts, gathered, plan.decisions, order, chosen, rejects)
+
+    def _plan(self, artifacts: Mapping[str, Store]) -> Plan:
+        """Quotas, from what selection and the mixture decided."""
+        settings, unit = self.settings, self.settings.unit
+        records = read_records(artifacts)
+        decisions = read_decisions(artifacts["selection"], unit == "tokens")
+        mixture = next((record.report for record in records if record.name == "mixture"), None)
+        available = self._available(decisions, repeats=True)
+        weights = self._weights(decisions, mixture)
+        return Plan(
+            records=records,
+            decisions=decisions,
+            mixture=mixture,
+            available=available,
+            weights={name: float(share) for name, share in shares(weights).items()},
+            quotas=plan_quotas(weights, available, settings.budget, unit),
+        )
+
+    def _gathered(
+        self, columns: ShardedColumns, decisions: Decisions, order: IntArray
+    ) -> tuple[Chosen, Gathered]:
+        """The emitted rows and those that the report shows."""
+        emitted = np.unique(order)
+        own = self._own(decisions)
+        searched = searched_rows(decisions, emitted, own, self.seed)
+        chosen = Chosen(self._ranked(columns, own), searched)
+        needs = self.columns().needs
+        return chosen, gather(columns, needs, decisions, emitted, chosen.numbers, self.seed)
+
+    def _facts(
+        self,
+        plan: Plan,
+        targets: ShardedColumns,
+        gathered: Gathered,
+        splits: Mapping[str, IntArray],
+        *,
+        mixture: Mapping[str, Any] | None,
+        shards: list[ShardFile],
+        prefix: PrefixFacts | None,
+        columns: list[str],
+    ) -> Facts:
+        order = np.concatenate(list(splits.values()))
+        ingest = next((record.report for record in plan.records if record.name == "ingest"), {})
+        return Facts(
             recipe=self.recipe,
-            settings=settings,
+            settings=self.settings,
             seed=self.seed,
             sources=source_facts(
                 self.recipe,
-                reports.get("ingest", {}),
-                decisions,
-                {name: float(share) for name, share in shares(weights).items()},
-                quotas,
-                available,
+                ingest,
+                plan.decisions,
+                plan.weights,
+                plan.quotas,
+                plan.available,
                 order,
-                unit,
+                self.settings.unit,
             ),
-            stages=records,
+            stages=plan.records,
             mixture=mixture,
             shards=shards,
             tasks=task_counts(targets),
-            licenses=licenses(gathered, self.recipe),
+            licenses=emitted_licenses(gathered, order, self.recipe),
+            stated=gathered.licenses,
+            models=model_facts(self.recipe, plan.records),
+            windows=window_facts(self.recipe, plan.records, gathered),
+            splits={
+                name: (len(rows), prompt_count(gathered, rows)) for name, rows in splits.items()
+            },
+            prefix=prefix,
             rewritten=int(gathered.rewritten[order].sum()),
-            tools=schema.tools,
-            columns=schema.arrow.names,
+            columns=columns,
         )
-        files["README.md"] = card_markdown(facts, self.version)
-        files["report.html"] = report_html(facts, gathered, decisions, order, self.seed, ranked)
-        files["lineage.json"] = lineage_json(facts, self.version)
-        emitted = emitted_table(decisions, order, [(shard.name, shard.rows) for shard in shards])
-        return Outcome(tables={"emitted.parquet": emitted}, report=_report(facts), files=files)
 
     def _available(self, decisions: Decisions, *, repeats: bool) -> dict[str, int]:
         """What every source can give, in the budget's unit; anchors give nothing."""
@@ -183,11 +344,9 @@ class EmissionStage:
             )
         return dict(given)
 
-    def _order(
-        self, columns: ShardedColumns, decisions: Decisions, quotas: Mapping[str, int]
-    ) -> IntArray:
+    def _order(self, columns: ShardedColumns, plan: Plan) -> IntArray:
         """Numbers of the emitted rows, copies included, in the order written."""
-        settings = self.settings
+        settings, decisions, quotas = self.settings, plan.decisions, plan.quotas
         scores: FloatArray | None = None
         if settings.score is not None:
             scores = read_scores(columns, settings.score)
@@ -211,12 +370,16 @@ class EmissionStage:
             )
         return shuffled(picked, decisions.ids_of(picked), self.seed)
 
-    def _ranked(self, columns: ShardedColumns, decisions: Decisions) -> Ranked:
-        """The hardest and easiest rows of the run, those of anchors left out."""
+    def _own(self, decisions: Decisions) -> npt.NDArray[np.bool_]:
+        """Rows that aren't an anchor's, bool [n]."""
         own = np.zeros(len(decisions.keep), dtype=bool)
         for name in decisions.names:
             if name not in self._anchors:
                 own |= decisions.of(name)
+        return own
+
+    def _ranked(self, columns: ShardedColumns, own: npt.NDArray[np.bool_]) -> Ranked:
+        """The hardest and easiest rows of the run, those of anchors left out."""
         for name in DIFFICULTY:
             if name in self.present:
                 scores = read_scores(columns, name)
@@ -249,6 +412,9 @@ def _report(facts: Facts) -> dict[str, Any]:
         "budget": facts.settings.budget,
         "shortfall": facts.total("shortfall"),
         "shards": len(facts.shards),
+        "splits": {name: rows for name, (rows, _) in facts.splits.items()},
+        "prefix": facts.prefix.as_dict() if facts.prefix else None,
+        "warnings": facts.warnings,
         **{key: value for key, value in (facts.mixture or {}).items() if "emitted" in key},
         "sources": {
             source.name: {

@@ -160,6 +160,10 @@ class EndpointSettings(BaseModel):
         return (prompt_tokens * self.price_in + generated_tokens * self.price_out) / 1e6
 
 
+BESIDE_BYTES = frozenset({"terms"})
+"""Fields of a model that bear on no number or text that it gives."""
+
+
 class ModelSettings(BaseModel):
     """One entry of a recipe's `models`.
 
@@ -188,6 +192,12 @@ class ModelSettings(BaseModel):
     )
     generation_chunk: int = Field(
         default=16, ge=1, description="Prompts generated, and committed to the cache, together."
+    )
+    terms: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Licence or terms that bind text which the model writes, by a licence's Hub "
+        "name; `unrestricted` where its maker claims nothing. Unset: unknown.",
     )
     threads: int | None = Field(
         default=None, ge=1, description="CPU threads of one engine; unset: all cores of the node."

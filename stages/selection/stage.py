@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from stages.base import Columns, Outcome, ShardedColumns
 from stages.errors import ConfigError, StageError
+from stages.licenses import LicensePolicy, license_name
 from stages.rows import LABEL, Message, row_id
 from stages.rules import rule_columns, rule_mask
 from stages.selection.settings import SelectionSettings
@@ -41,15 +42,20 @@ class SelectionStage:
     version = 1
 
     def __init__(
-        self, settings: SelectionSettings, anchors: frozenset[str], present: frozenset[str]
+        self,
+        settings: SelectionSettings,
+        anchors: frozenset[str],
+        present: frozenset[str],
+        policy: LicensePolicy | None = None,
     ) -> None:
-        """Keep the settings, the names of anchor sources, and of the columns there are.
+        """Keep the settings, the names of anchor sources and of the columns there are, the policy.
 
         Raises:
             ConfigError: a rule or the score names a column that no stage adds.
         """
         self.settings = settings
         self._anchors = anchors
+        self._policy = policy
         self._measured_tokens = "tokens" in present
         named = set().union(*(rule_columns(item.rule) for item in settings.filters))
         if settings.score:
@@ -65,7 +71,10 @@ class SelectionStage:
     def columns(self) -> Columns:
         """Ids, sources, effective texts, and the columns that its rules name."""
         tokens = ("tokens",) if self._measured_tokens else ()
-        needs = dict.fromkeys(("id", "source", "effective_messages", *self._named, *tokens))
+        licenses = ("license",) if self._policy else ()
+        needs = dict.fromkeys(
+            ("id", "source", "effective_messages", *self._named, *tokens, *licenses)
+        )
         return Columns(tuple(needs), pa.schema([]))
 
     def decide(
@@ -127,6 +136,10 @@ class SelectionStage:
         reasons: list[str | None] = [
             "anchor" if source in self._anchors else None for source in table["source"].to_pylist()
         ]
+        if self._policy:
+            for place, stated in enumerate(table["license"].to_pylist()):
+                if reasons[place] is None and not self._policy.allows(stated):
+                    reasons[place] = f"license: {license_name(stated) or 'not stated'}"
         for item in self.settings.filters:
             for place, met in enumerate(rule_mask(item.rule, table).to_pylist()):
                 if not met and reasons[place] is None:

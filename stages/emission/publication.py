@@ -1,0 +1,192 @@
+"""Facts that bear on publishing a data set: licences, models, and what windows cut."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stages.emission.gather import Gathered
+from stages.emission.records import StageRecord
+from stages.emission.sample import IntArray
+from stages.licenses import UNRESTRICTED, is_noncommercial, license_name
+
+_CUT = {
+    "response_truncated": ("difficulty", "student", "responses cut"),
+    "features_truncated": ("features", "student", "conversations cut"),
+    "embedding_chunks": ("embedding", "encoder", "texts embedded in chunks"),
+}
+"""Columns on what a window held: stage, its field that names the model, and what happened."""
+
+_ROLES = ("student", "teacher", "model", "gradient_model", "judge", "encoder")
+"""Fields of a recipe's sections that name a model."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A model of the recipe.
+
+    Attributes:
+        name: in the recipe.
+        reference: hub name, folder, file or package.
+        weights: content hash or hub revision, None where no stage says it.
+        dtype: of weights and activations.
+        window: longest sequence, in tokens, None where the recipe doesn't say.
+        roles: what it did, as `stage.field`.
+        terms: that bind what it writes, None where none are stated.
+    """
+
+    name: str
+    reference: str
+    weights: str | None
+    dtype: str | None
+    window: int | None
+    roles: tuple[str, ...]
+    terms: str | None
+
+
+@dataclass(frozen=True)
+class WindowFacts:
+    """Rows that a model's window didn't hold whole.
+
+    Attributes:
+        stage: that asked the model.
+        model: its name in the recipe.
+        window: tokens; None for an encoder, which has a window of its own.
+        asked: rows that the stage was asked for.
+        cut: rows of which something was left out, or embedded apart.
+        what: what became of them.
+    """
+
+    stage: str
+    model: str
+    window: int | None
+    asked: int
+    cut: int
+    what: str
+
+    @property
+    def share(self) -> float:
+        """Of the rows asked for."""
+        return self.cut / self.asked if self.asked else 0.0
+
+
+def model_facts(recipe: Mapping[str, Any], records: Sequence[StageRecord]) -> list[ModelFacts]:
+    """The recipe's models, in its order."""
+    weights: dict[str, str] = {}
+    for record in records:
+        for model in record.models.values():
+            weights[model["settings"]["model"]] = model["weights"]
+    found = []
+    for name, entry in (recipe.get("models") or {}).items():
+        roles = [
+            f"{section}.{role}"
+            for section, settings in recipe.items()
+            if isinstance(settings, Mapping) and section != "models"
+            for role in _ROLES
+            if settings.get(role) == name
+        ]
+        found.append(
+            ModelFacts(
+                name=name,
+                reference=entry["model"],
+                weights=weights.get(entry["model"]),
+                dtype=entry.get("dtype"),
+                window=entry.get("max_length"),
+                roles=tuple(roles),
+                terms=license_name(entry.get("terms")),
+            )
+        )
+    return found
+
+
+def window_facts(
+    recipe: Mapping[str, Any], records: Sequence[StageRecord], gathered: Gathered
+) -> list[WindowFacts]:
+    """By stage and model: rows that were cut, and rows that were too long to be processed."""
+    models = recipe.get("models") or {}
+
+    def window(name: str) -> int | None:
+        return (models.get(name) or {}).get("max_length")
+
+    found = []
+    for column, (stage, role, what) in _CUT.items():
+        if column in gathered.cut:
+            asked, cut = gathered.cut[column]
+            name = str((recipe.get(stage) or {}).get(role))
+            size = None if role == "encoder" else window(name)
+            found.append(WindowFacts(stage, name, size, asked, cut, what))
+    for record in records:
+        long = sum(n for status, n in record.statuses.items() if "prompt_too_long" in status)
+        section = recipe.get(record.name) or {}
+        names = [str(section[role]) for role in _ROLES if section.get(role)]
+        if long and names:
+            found.append(
+                WindowFacts(
+                    record.name, names[0], window(names[0]), record.asked, long, "rows left out"
+                )
+            )
+    return found
+
+
+def emitted_licenses(
+    gathered: Gathered, order: IntArray, recipe: Mapping[str, Any]
+) -> dict[str, Counter[str | None]]:
+    """Emitted lines by source and licence: the record's own, else its source's, else None."""
+    declared = {entry["name"]: entry.get("license") for entry in recipe.get("sources") or []}
+    counted: dict[str, Counter[str | None]] = {}
+    columns = ["source", *(["license"] if gathered.holds("license") else [])]
+    table = gathered.rows(order, columns)
+    stated = table["license"].to_pylist() if "license" in columns else [None] * table.num_rows
+    for source, own in zip(table["source"].to_pylist(), stated, strict=True):
+        name = license_name(own or declared.get(source))
+        counted.setdefault(source, Counter())[name] += 1
+    return counted
+
+
+def license_warnings(
+    by_source: Mapping[str, Mapping[str | None, int]],
+    models: Sequence[ModelFacts],
+    written: Mapping[str, int],
+) -> list[str]:
+    """What a person has to find out, or to heed, before the data set is published.
+
+    Args:
+        by_source: emitted lines by source and licence.
+        models: of the recipe.
+        written: emitted lines whose text a model wrote, by its role (`stage.field`).
+    """
+    said = []
+    silent = {name: counts[None] for name, counts in by_source.items() if counts.get(None)}
+    if silent:
+        said.append(
+            f"{sum(silent.values()):,} emitted rows state no licence (of {', '.join(silent)}): "
+            "find out which they are under, and state it as `license` of the source"
+        )
+    strict: Counter[str] = Counter()
+    for counts in by_source.values():
+        strict.update({name: n for name, n in counts.items() if name and is_noncommercial(name)})
+    if strict:
+        said.append(
+            f"{strict.total():,} emitted rows are under non-commercial licences "
+            f"({', '.join(sorted(strict))}): the data set as a whole may not be used commercially"
+        )
+    for model in models:
+        lines = sum(count for role, count in written.items() if role in model.roles)
+        if lines and model.terms is None:
+            said.append(
+                f"models.{model.name} wrote text of {lines:,} emitted lines and states no terms: "
+                "read its maker's, and state them as `terms` of the model"
+            )
+    return said
+
+
+def written_terms(models: Sequence[ModelFacts], written: Mapping[str, int]) -> set[str]:
+    """Stated terms of the models whose text is emitted, as they bind the data set."""
+    return {
+        model.terms
+        for model in models
+        if model.terms and model.terms != UNRESTRICTED
+        if any(count for role, count in written.items() if role in model.roles)
+    }
