@@ -212,7 +212,7 @@ def test_hostile_teacher_gets_nothing_into_the_data_set(
     )
     recipe.value["targets"].append({"name": "ducks", "path": "ducks.jsonl"})
     recipe.value["difficulty"] = None
-    recipe.value["reflection"] = {"mode": mode}
+    recipe.value["reflection"] = {"mode": mode, "reply": "tagged"}
     config = read_config(recipe.save())
     originals = {
         json.loads(line)["answer"]
