@@ -134,6 +134,53 @@ def prompts() -> None:
     sys.stdout.write(default_prompts_file())
 
 
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")],
+    debug: Debug = False,
+) -> None:
+    """Render a finished run's report again, from what is there."""
+
+    def show() -> None:
+        from pipeline.report import rendered_report
+
+        console().print(rendered_report(run), soft_wrap=True, highlight=False, markup=False)
+
+    _guarded(show, debug)
+
+
+@app.command()
+def push(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")],
+    repo: Annotated[str, typer.Option(metavar="ORG/NAME", help="Repository on the Hub.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository private if it is made.")
+    ] = False,
+    with_report: Annotated[
+        bool,
+        typer.Option("--with-report", help="Upload report.html, which shows dropped rows too."),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what would go, and do nothing.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Upload a finished run's data set to a data set repository of the Hugging Face Hub."""
+
+    def show() -> None:
+        from pipeline.push import pushed
+
+        done = pushed(run, repo, private=private, report=with_report, dry_run=dry_run)
+        for name, size in done.files.items():
+            console().print(f"{size:>14,}  {name}", soft_wrap=True, highlight=False, markup=False)
+        _warn(done.warnings)
+        what = f"{len(done.files)} files, {sum(done.files.values()):,} bytes"
+        where = f"would go to {repo}" if done.url is None else f"went to {done.url}"
+        console().print(f"{what}, {where}", soft_wrap=True, highlight=False, markup=False)
+
+    _guarded(show, debug)
+
+
 def main() -> None:
     """Entry point of the command."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -157,6 +204,7 @@ def _run(
 ) -> None:
     from pipeline.config import read_config
     from pipeline.progress import Lines, LiveTable
+    from pipeline.rundir import read_manifest
     from pipeline.runner import Event, Run
 
     _quieten()
@@ -174,9 +222,16 @@ def _run(
     with display:
         job.execute(only)
     if only in (None, "emission"):
+        _warn((read_manifest(job.store, "emission") or {})["report"]["warnings"])
         folder = job.store.child("dataset")
         console().print(f"data set: {folder.url}", soft_wrap=True, highlight=False)
         console().print(f"report:   {folder.url}/report.html", soft_wrap=True, highlight=False)
+
+
+def _warn(warnings: list[str]) -> None:
+    err = Console(stderr=True)
+    for text in warnings:
+        err.print(f"warning: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def _quieten() -> None:

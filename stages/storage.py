@@ -44,6 +44,12 @@ class Store:
         _, root = self._located
         return f"{root.rstrip('/')}/{name}" if name else root
 
+    @property
+    def local_folder(self) -> str | None:
+        """The folder's path on this machine's disk; None where it is elsewhere."""
+        fs, root = self._located
+        return root if _is_local(fs) else None
+
     def child(self, name: str) -> Store:
         """The store of a folder inside this one."""
         return Store(f"{self.url.rstrip('/')}/{name}")
