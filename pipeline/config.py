@@ -24,7 +24,7 @@ from stages.emission.settings import EmissionSettings
 from stages.engines.settings import ModelSettings
 from stages.errors import ConfigError
 from stages.features.settings import FeaturesSettings
-from stages.ingest.settings import IngestSettings
+from stages.ingest.settings import ContaminationSettings, IngestSettings
 from stages.mixture.settings import MixtureSettings
 from stages.pass_rate.settings import PassRateSettings
 from stages.reasoning.settings import ReasoningSettings
@@ -94,6 +94,7 @@ class Recipe(BaseModel):
         description="Share of a stage's rows that may fail before it stops.",
     )
     ingest: IngestSettings = IngestSettings()
+    contamination: ContaminationSettings = ContaminationSettings()
     difficulty: DifficultySettings | None = None
     thinking: ThinkingSettings | None = None
     pass_rate: PassRateSettings | None = None
@@ -117,6 +118,12 @@ class Recipe(BaseModel):
                 raise ValueError(f"two {kind}s are called {twice[0]}")
         if all(source.role == "anchor" for source in self.sources):
             raise ValueError("every source is an anchor, so nothing could be emitted")
+        near = self.ingest.near_duplicates
+        unknown = sorted(
+            set(near.prefer if near else ()) - {source.name for source in self.sources}
+        )
+        if unknown:
+            raise ValueError(f"ingest.near_duplicates.prefer names {unknown[0]!r}, no source")
         if self.features and not self.dictionary:
             raise ValueError("features needs a dictionary section")
         if self.pass_rate:
@@ -185,7 +192,7 @@ class Config(Recipe):
     def portable_recipe(self) -> dict[str, Any]:
         """The recipe with files called by their own names: the same wherever a project lies."""
         recipe = self.recipe
-        for item in [*recipe["sources"], *recipe["targets"]]:
+        for item in [*recipe["sources"], *recipe["targets"], *recipe["contamination"]["sets"]]:
             paths = [item["path"]] if isinstance(item["path"], str) else item["path"]
             names = [
                 path if "://" in path else os.path.basename(path.rstrip("/")) for path in paths
