@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from pipeline.config import Placement
 from pipeline.rundir import RunColumns
@@ -12,6 +12,9 @@ from pipeline.shard import ShardReport, ShardTask, compute_shard
 from stages.base import Artifact, EngineSpec, FitStage
 from stages.engines.local import handle_of, make_engine
 from stages.engines.settings import ModelSettings
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,10 @@ class Backend(Protocol):
 
     async def fit(self, task: FitTask) -> Artifact:
         """Fit an artifact with the open engines."""
+        ...
+
+    def map(self, fn: Callable[[T], R], tasks: Iterable[T], /) -> Iterable[R]:
+        """Answers of a function for tasks that need no engine, in order."""
         ...
 
     async def close(self) -> None:
@@ -82,6 +89,10 @@ class LocalBackend:
     async def fit(self, task: FitTask) -> Artifact:
         """Fit an artifact."""
         return await task.stage.fit(task.columns, task.targets, self._roles)
+
+    def map(self, fn: Callable[[T], R], tasks: Iterable[T], /) -> Iterable[R]:
+        """Answers in order, one task after another."""
+        return map(fn, tasks)
 
     async def close(self) -> None:
         """Close every engine."""

@@ -25,7 +25,7 @@ from stages.engines.local import CALLS_IN_FLIGHT
 from stages.engines.settings import ModelSettings
 from stages.errors import ConfigError
 from stages.features.settings import FeaturesSettings
-from stages.ingest.settings import IngestSettings
+from stages.ingest.settings import ContaminationSettings, IngestSettings
 from stages.licenses import WRITERS, LicensePolicy
 from stages.mixture.settings import MixtureSettings
 from stages.pass_rate.settings import PassRateSettings
@@ -106,6 +106,7 @@ class Recipe(BaseModel):
         default=None, description="Which licences rows may have; others are never emitted."
     )
     ingest: IngestSettings = IngestSettings()
+    contamination: ContaminationSettings = ContaminationSettings()
     difficulty: DifficultySettings | None = None
     thinking: ThinkingSettings | None = None
     pass_rate: PassRateSettings | None = None
@@ -130,6 +131,12 @@ class Recipe(BaseModel):
                 raise ValueError(f"two {kind}s are called {twice[0]}")
         if all(source.role == "anchor" for source in self.sources):
             raise ValueError("every source is an anchor, so nothing could be emitted")
+        near = self.ingest.near_duplicates
+        unknown = sorted(
+            set(near.prefer if near else ()) - {source.name for source in self.sources}
+        )
+        if unknown:
+            raise ValueError(f"ingest.near_duplicates.prefer names {unknown[0]!r}, no source")
         if self.features and not self.dictionary:
             raise ValueError("features needs a dictionary section")
         for section in ("pass_rate", "reflection"):
@@ -223,7 +230,7 @@ class Config(Recipe):
     def portable_recipe(self) -> dict[str, Any]:
         """The recipe with files called by their own names: the same wherever a project lies."""
         recipe = self.recipe
-        for item in [*recipe["sources"], *recipe["targets"]]:
+        for item in [*recipe["sources"], *recipe["targets"], *recipe["contamination"]["sets"]]:
             paths = [item["path"]] if isinstance(item["path"], str) else item["path"]
             names = [
                 path if "://" in path else os.path.basename(path.rstrip("/")) for path in paths

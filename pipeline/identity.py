@@ -47,8 +47,9 @@ def ingest_identity(config: Config) -> dict[str, Any]:
     recipe = config.portable_recipe
     return {
         "stage": "ingest",
-        "version": 1,
+        "version": 2,
         "settings": config.ingest.model_dump(mode="json"),
+        "contamination": recipe["contamination"],
         "sources": {source["name"]: source for source in recipe["sources"]},
         "targets": {target["name"]: target for target in recipe["targets"]},
         "source_order": [s.name for s in config.sources],

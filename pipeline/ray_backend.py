@@ -13,12 +13,21 @@ import contextlib
 import logging
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import (
+    GetTimeoutError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 
 from pipeline.backend import FitTask
 from pipeline.config import Placement
@@ -29,6 +38,9 @@ from stages.errors import EngineError, StageError, TamisError
 
 if TYPE_CHECKING:
     from ray.actor import ActorClass
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 _RESTARTS = 3
 _AT_HAND = 2
@@ -154,6 +166,11 @@ class ShardWorker:
         return self._handles
 
 
+@ray.remote(max_retries=_RESTARTS, num_cpus=1)
+def _answered(fn: Callable[[Any], Any], task: Any) -> Any:
+    return fn(task)
+
+
 class RayBackend:
     """Engine pools as Ray actors."""
 
@@ -204,6 +221,24 @@ class RayBackend:
         reference = self._worker.fit.remote(task, self._roles)
         return cast(Artifact, await self._answer(reference, task.stage.name))
 
+    def map(self, fn: Callable[[T], R], tasks: Iterable[T], /) -> Iterator[R]:
+        """Answers in order; as many tasks are under way as the cluster has cores.
+
+        Raises:
+            StageError: a task failed, or its worker died again and again.
+        """
+        cores = cast(Callable[[], dict[str, float]], ray.cluster_resources)().get("CPU", 1)
+        shared = ray.put(cast(Callable[[Any], Any], fn))
+        rest = iter(tasks)
+        waiting = deque(_answered.remote(shared, task) for task in islice(rest, int(cores)))
+        while waiting:
+            try:
+                answer: R = ray.get(waiting.popleft())
+            except (RayTaskError, WorkerCrashedError, OutOfMemoryError) as error:
+                raise _failure(error, "a task over shards") from error
+            waiting.extend(_answered.remote(shared, task) for task in islice(rest, 1))
+            yield answer
+
     async def close(self) -> None:
         """Close the pools; shut down the cluster where this backend started it."""
         for key in list(self._pools):
@@ -251,17 +286,8 @@ class RayBackend:
     async def _answer(self, reference: Any, stage: str) -> Any:
         try:
             return await reference
-        except RayTaskError as error:
-            cause = error.cause
-            if isinstance(cause, TamisError):
-                raise cause from error
-            raise StageError(f"stage {stage} failed in a worker: {error}", stage=stage) from error
-        except RayActorError as error:
-            raise StageError(
-                f"stage {stage}: a worker or engine died {_RESTARTS + 1} times; the last time: "
-                f"{error}; most often it ran out of memory: lower batch_tokens or the replicas",
-                stage=stage,
-            ) from error
+        except (RayTaskError, RayActorError) as error:
+            raise _failure(error, f"stage {stage}", stage) from error
 
     async def _open_pool(
         self, key: tuple[str, str], spec: EngineSpec, placement: Placement
@@ -307,6 +333,19 @@ class RayBackend:
             with contextlib.suppress(RayActorError, RayTaskError, GetTimeoutError):
                 ray.get(actor.close.remote(), timeout=30)
             ray.kill(actor)
+
+
+def _failure(error: RayError, what: str, stage: str | None = None) -> TamisError:
+    """The error that a worker raised, or one that says that it died."""
+    if isinstance(error, RayTaskError):
+        if isinstance(error.cause, TamisError):
+            return error.cause
+        return StageError(f"{what} failed in a worker: {error}", stage=stage)
+    return StageError(
+        f"{what}: a worker or engine died {_RESTARTS + 1} times; the last time: {error}; most "
+        "often it ran out of memory: lower batch_tokens or the replicas",
+        stage=stage,
+    )
 
 
 def _have_token() -> None:

@@ -67,8 +67,10 @@ def _override(raw: dict[str, Any], text: str) -> None:
 def resolve_paths(raw: dict[str, Any], path: str) -> None:
     """Put environment variables, and the recipe file's folder, into paths and addresses."""
     folder = path.rpartition("/")[0] if "://" in path else os.path.dirname(path)
-    for section in ("sources", "targets"):
-        for item in raw.get(section) or []:
+    contamination = raw.get("contamination")
+    sets = contamination.get("sets") if isinstance(contamination, dict) else None
+    for items in (raw.get("sources"), raw.get("targets"), sets):
+        for item in items or []:
             if isinstance(item, dict) and isinstance(item.get("path"), str):
                 item["path"] = _located(_expanded(item["path"]), folder)
             elif isinstance(item, dict) and isinstance(item.get("path"), list):

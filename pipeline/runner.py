@@ -28,12 +28,13 @@ from pipeline.rundir import (
     start_stage,
 )
 from pipeline.shard import BESIDE, ShardReport, ShardTask, is_committed
-from stages.base import TARGETS, Checked, RowStage
+from stages.base import TARGETS, Checked, RowStage, in_turn
 from stages.engines.chat_cache import Spent
 from stages.errors import ConfigError, StageError
-from stages.ingest import content_of, ingest
+from stages.ingest import SCRATCH, content_of, ingest
 from stages.rows import NOT_REQUESTED, OK, key_hash
 from stages.rules import rule_columns, rule_mask
+from stages.sources.settings import Source
 from stages.storage import Store, parquet_bytes
 
 
@@ -197,8 +198,16 @@ class Run:
     def _inputs(self, name: str) -> dict[str, Any]:
         """Digests of what a stage reads; for ingest, the content of the sources."""
         if name == "ingest":
-            content = content_of([*self.config.sources, *self.config.targets])
-            return {source: [list(pair) for pair in pairs] for source, pairs in content.items()}
+            read: dict[str, Sequence[Source]] = {
+                "source": self.config.sources,
+                "target": self.config.targets,
+                "evaluation set": self.config.contamination.sets,
+            }
+            return {
+                f"{kind} {name}": [list(pair) for pair in pairs]
+                for kind, sources in read.items()
+                for name, pairs in content_of(sources).items()
+            }
         found: dict[str, Any] = {}
         for earlier in self._reads(name):
             manifest = read_manifest(self.store, earlier)
@@ -225,15 +234,18 @@ class Run:
         self.listener(Event("ingest", "start"))
         started = time.monotonic()
         folder = self.store.child("ingest")
-        for old in ("rejects", "targets", *parts(self.store, "ingest")):
+        for old in ("rejects", "targets", SCRATCH, *parts(self.store, "ingest")):
             folder.remove(old)
         mark = fingerprint(self.identities["ingest"])
+        searches = self.config.ingest.near_duplicates is not None
         report = ingest(
             self.config.sources,
             self.config.targets,
             self.config.ingest,
             folder,
+            contamination=self.config.contamination,
             metadata={"stage": "ingest", "fingerprint": mark},
+            each=self._made_backend().map if searches else in_turn,
         )
         found = [*parts(self.store, "ingest")]
         targets = [f"targets/{part}" for part in parts(self.store, "ingest/targets")]
@@ -567,11 +579,15 @@ class Run:
         rows = sum(folder.read_table(part, ["id"]).num_rows for part in found)
         return RunColumns(self.store, found, self.flow.home_of(name), rows, targets=True)
 
-    async def _open(self, stage: Any) -> Backend:
+    def _made_backend(self) -> Backend:
         if self.backend is None:
             self.backend = make_backend(self.config)
-        await self.backend.open(stage.engines(), self.config.execution.engines)
         return self.backend
+
+    async def _open(self, stage: Any) -> Backend:
+        backend = self._made_backend()
+        await backend.open(stage.engines(), self.config.execution.engines)
+        return backend
 
 
 def make_backend(config: Config) -> Backend:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -14,10 +14,11 @@ from stages.errors import ConfigError
 from stages.storage import Store
 
 _LONGEST = 400
+_MOST = 10
 
 
 def story(url: str, row: str) -> str:
-    """What happened to a row, as text.
+    """What happened to a row, as text; of a row that ingest rejected, why.
 
     Args:
         url: the run directory.
@@ -27,11 +28,15 @@ def story(url: str, row: str) -> str:
         ConfigError: no run is there, or the id fits no row or several.
     """
     run = opened_run(url)
-    part, place, record = _found(run, row)
+    found = _found(run, row)
+    if found is None:
+        return "\n".join(_rejected(run, row))
+    part, place, record = found
     lines = [
         f"row       {record['id']}",
-        f"source    {record['source']}: {record['file']}, record {record['record']}",
+        f"source    {_origin(record)}",
         *_turns("text", record["messages"]),
+        *_instead_of(run, record["id"]),
     ]
     for stage in ROW_STAGES:
         name = f"{folder_of(stage)}/{part}"
@@ -45,17 +50,15 @@ def story(url: str, row: str) -> str:
     return "\n".join(lines)
 
 
-def _found(run: Store, row: str) -> tuple[str, int, dict[str, Any]]:
+def _found(run: Store, row: str) -> tuple[str, int, dict[str, Any]] | None:
+    """Shard, place and record of the row whose id begins so; None where no row's does."""
     hits: list[tuple[str, int, str]] = []
     for part in parts(run, "ingest"):
         ids = run.read_table(f"ingest/{part}", ["id"])["id"]
         places = pc.indices_nonzero(pc.starts_with(ids, row)).to_pylist()
         hits += [(part, place, ids[place].as_py()) for place in places]
     if not hits:
-        raise ConfigError(
-            f"{run.url} holds no row whose id begins with {row}; a record that was rejected has no "
-            "id: look in ingest/rejects"
-        )
+        return None
     if len(hits) > 1:
         raise ConfigError(f"{len(hits)} rows begin with {row}: {', '.join(h[2] for h in hits[:5])}")
     part, place, _ = hits[0]
@@ -63,13 +66,62 @@ def _found(run: Store, row: str) -> tuple[str, int, dict[str, Any]]:
     return part, place, record
 
 
+def _rejected(run: Store, row: str) -> list[str]:
+    """The story of a row that ingest rejected."""
+    hits = _rejects(run, lambda rejects: pc.starts_with(rejects["id"], row))
+    ids = sorted({hit["id"] for hit in hits})
+    if not hits:
+        raise ConfigError(
+            f"{run.url} holds no row whose id begins with {row}; a record that could not be read "
+            "has no id: look in ingest/rejects"
+        )
+    if len(ids) > 1:
+        raise ConfigError(f"{len(ids)} rejected rows begin with {row}: {', '.join(ids[:5])}")
+    lines = [f"row       {ids[0]}"]
+    for hit in hits:
+        lines += [f"source    {_origin(hit)}", f"ingest    rejected: {hit['reason']}"]
+        if hit["overlap"] is not None:
+            lines.append(f"          they share: {_shown(hit['overlap'])}")
+    kept = _found(run, hits[0]["kept"]) if hits[0]["kept"] is not None else None
+    if kept is not None:
+        lines.append(f"kept      {kept[2]['id']}: {_origin(kept[2])}")
+        lines += _turns("", kept[2]["messages"])
+    return [*lines, f"record    {_shown(hits[0]['raw'])}"]
+
+
+def _instead_of(run: Store, row: str) -> list[str]:
+    """Rows that ingest rejected as duplicates of this one."""
+    hits = _rejects(run, lambda rejects: pc.equal(rejects["kept"], row))
+    lines = [f"{_origin(hit)}: {hit['reason']}" for hit in hits[:_MOST]]
+    if len(hits) > _MOST:
+        lines.append(f"and {len(hits) - _MOST} more")
+    return [f"{'instead of' if number == 0 else '':<11}{line}" for number, line in enumerate(lines)]
+
+
+def _rejects(run: Store, wanted: Callable[[pa.Table], pa.ChunkedArray]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for part in parts(run, "ingest/rejects"):
+        name = f"ingest/rejects/{part}"
+        places = pc.indices_nonzero(wanted(run.read_table(name, ["id", "kept"])))
+        if len(places):
+            found += run.read_table(name).take(places).to_pylist()
+    return found
+
+
+def _origin(record: Mapping[str, Any]) -> str:
+    return f"{record['source']}: {record['file']}, record {record['record']}"
+
+
 def _turns(title: str, messages: list[Mapping[str, Any]]) -> list[str]:
     lines = []
     for number, turn in enumerate(messages):
-        text = turn["content"]
-        shown = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} … ({len(text)} characters)"
+        shown = _shown(turn["content"])
         lines.append(f"{title if number == 0 else '':<10}{turn['role']}: {shown}")
     return lines
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} … ({len(text)} characters)"
 
 
 def _values(stage: str, values: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ directory and knows nothing of shards in flight, backends or resume.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
@@ -20,6 +20,25 @@ from stages.errors import StageError
 from stages.storage import Store
 
 T = TypeVar("T")
+
+R = TypeVar("R")
+
+
+class Each(Protocol):
+    """Runs a function over tasks, here or on workers; answers come in the order of the tasks.
+
+    The function, tasks and answers must be picklable.
+    """
+
+    def __call__(self, fn: Callable[[T], R], tasks: Iterable[T], /) -> Iterable[R]:
+        """The answers."""
+        ...
+
+
+def in_turn(fn: Callable[[T], R], tasks: Iterable[T], /) -> Iterable[R]:
+    """The `Each` that runs tasks in this process, one after another."""
+    return map(fn, tasks)
+
 
 EngineKind = Literal["scorer", "generator", "reader", "embedder"]
 

@@ -1,79 +1,86 @@
-"""Overlap with unseen texts: checked against brute force over all pairs of word sequences."""
+"""Overlap with unseen texts: against the rule written out plainly, and on real evaluation sets."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.overlap import Overlap, OverlapIndex, normalised
+from stages.overlap import OverlapIndex, normalised
+from stages.words import words
 
-QUESTION = (
-    "Janet's ducks lay 16 eggs per day. She eats three for breakfast every morning and bakes "
-    "muffins for her friends every day with four."
+EULER = "What is the sum of all natural numbers below one thousand that three or five divide?"
+
+
+def overlaps(text: str, unseen: str, n: int, short: int) -> bool:
+    """The rule, by comparing every run with every run."""
+    mine, theirs = words(text), words(unseen)
+    if not mine or not theirs:
+        return False
+    length = min(n, len(theirs))
+    runs = [theirs[i : i + length] for i in range(len(theirs) - length + 1)]
+    shared = any(mine[i : i + length] in runs for i in range(len(mine) - length + 1))
+    return mine == theirs or (length >= min(n, short) and shared)
+
+
+few_words = st.lists(st.sampled_from("abc"), max_size=9).map(" ".join)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(
+    st.lists(few_words, max_size=4),
+    st.lists(few_words, max_size=4),
+    st.integers(2, 5),
+    st.integers(1, 5),
 )
-SHORT = "How many clips did Natalia sell altogether in April?"
+def test_every_overlap_is_found_and_no_other(
+    found: list[str], unseen: Sequence[str], n: int, short: int
+) -> None:
+    index = OverlapIndex([(f"set {i}", text) for i, text in enumerate(unseen)], n=n, short=short)
+    matches = index.matches(found)
+    assert [index.match(text) for text in found] == matches
+    for text, match in zip(found, matches, strict=True):
+        assert (match is not None) == any(overlaps(text, one, n, short) for one in unseen)
+        if match is not None:
+            mine = f" {normalised(text)} "
+            theirs = f" {normalised(unseen[int(match.set.removeprefix('set '))])} "
+            assert f" {match.text} " in mine
+            assert f" {match.text} " in theirs
+            assert (match.kind == "exact") == (mine == theirs)
 
 
 @pytest.mark.parametrize(
-    ("text", "kind"),
+    ("text", "kind", "shared"),
     [
-        (QUESTION, "exact"),
-        (QUESTION.upper().replace(".", " ;") + "!", "exact"),
-        ("Solve this: " + QUESTION, "ngram"),
-        (" ".join(QUESTION.split()[5:18]), "ngram"),
-        (" ".join(QUESTION.split()[5:17]), None),
-        (QUESTION.replace("16", "19"), "ngram"),
-        # Of 9 words: all of them in a row, and no fewer.
-        (SHORT, "exact"),
-        ("Tell me: how many clips did Natalia sell altogether in April, and in May?", "ngram"),
-        ("How many clips did Natalia sell altogether in May?", None),
-        # Of 4 words: as a whole only.
-        ("what is 2 + 2", "exact"),
-        ("What is 2 + 2? And what is 3 + 3?", None),
-        ("", None),
-        ("!!!", None),
+        (f"  {EULER.upper()} ", "exact", 16),
+        (f"Solve this. {EULER} Think first.", "ngram", 16),
+        ("Say what is the sum of all natural numbers below one thousand that three like", "ngram",
+         13),
+        ("Say what is the sum of all natural numbers below one thousand that four like", None, 0),
+        ("The sum of all natural numbers below one thousand is what?", None, 0),
+        ("Name the largest planet of our sun, please.", "ngram", 7),
+        ("name the largest planet of our sun", "exact", 7),
+        ("What is two plus two?", "exact", 5),
+        ("Tell me: what is two plus two?", None, 0),
     ],
-)
-def test_rule(text: str, kind: str | None) -> None:
-    index = OverlapIndex([("gsm8k", QUESTION), ("gsm8k", SHORT), ("sums", "What is 2 + 2?")])
-    found = index.match(text)
-    assert (found.kind if found else None) == kind
+)  # fmt: skip
+def test_long_short_and_shorter_texts(text: str, kind: str | None, shared: int) -> None:
+    index = OverlapIndex(
+        [
+            ("euler", EULER),
+            ("planets", "Name the largest planet of our sun."),
+            ("sums", "What is two plus two?"),
+        ]
+    )
+    match = index.match(text)
+    assert (match.kind if match else None) == kind
+    assert len(match.text.split() if match else []) == shared
 
 
-def test_names_the_set_and_the_text() -> None:
-    index = OverlapIndex([("a", SHORT), ("b", QUESTION), ("c", QUESTION), ("d", " ")])
-    assert index.match(QUESTION) == Overlap("b", "exact", QUESTION)
-    assert OverlapIndex([]).match(QUESTION) is None
-
-
-def test_scripts_without_spaces_are_compared_by_characters() -> None:
-    chinese = "小明每天早上吃三个鸡蛋，还用四个鸡蛋给朋友做松饼。"
-    index = OverlapIndex([("zh", chinese)])
-    assert index.match("请看：小明每天早上吃三个鸡蛋，还用四个鸡蛋！") is not None
-    assert index.match("小明每天早上吃") is None
-    assert normalised("Ｎｏ． ４２ Straße 小明") == "no 42 strasse 小 明"
-
-
-WORDS = st.lists(st.sampled_from("abc"), max_size=30).map(" ".join)
-
-
-@given(st.lists(WORDS, max_size=4), WORDS)
-@settings(max_examples=1000, derandomize=True)
-def test_equals_brute_force(unseen: list[str], text: str) -> None:
-    def overlap(one: str) -> bool:
-        words, size = one.split(), min(13, len(one.split()))
-        if not words:
-            return False
-        if words == text.split():
-            return True
-        mine = text.split()
-        return size >= 8 and any(
-            words[i : i + size] == mine[j : j + size]
-            for i in range(len(words) - size + 1)
-            for j in range(len(mine) - size + 1)
-        )
-
-    found = OverlapIndex(("set", one) for one in unseen).match(text)
-    assert (found is not None) == any(map(overlap, unseen))
-    assert found is None or overlap(found.text)
+def test_texts_without_a_word_match_nothing() -> None:
+    index = OverlapIndex([("a", "..."), ("b", "")])
+    assert index.matches(["", "...", "?!"]) == [None, None, None]
+    assert OverlapIndex([]).match("anything") is None
+    assert OverlapIndex([("a", "one two")]).matches([]) == []

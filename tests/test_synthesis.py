@@ -44,7 +44,7 @@ from stages.storage import Store
 from stages.synthesis.filters import reject_overlaps, reject_problems
 from stages.synthesis.headers import end_of_turn_ids, user_header_ids
 from stages.synthesis.language import check_languages, language_of
-from stages.synthesis.ngrams import NgramOverlap, repeated_share, word_ngrams, words
+from stages.synthesis.ngrams import NgramOverlap, repeated_share, word_ngrams
 from stages.synthesis.problems import sampled_problems
 from stages.synthesis.sample import REASONS, Reject, Sample
 from stages.synthesis.settings import FilterSettings, GeneratorSettings
@@ -192,19 +192,6 @@ class TestNgrams:
         assert (sample.reject is not None) is refused
         if sample.reject:
             assert sample.reject == Reject("overlap", "50% of its 2-grams with row 2")
-
-    def test_words(self) -> None:
-        assert words("Find  (the) “Sum”,\nof $x^2$ — ﬁve.") == [
-            "find",
-            "the",
-            "sum",
-            "of",
-            "$x^2$",
-            "—",
-            "five",
-        ]
-        assert words("求x的值。") == ["求", "x", "的", "值"]
-        assert words(" .\n") == []
 
     def test_repeated_share_by_hand(self) -> None:
         # Runs of 2: ab ba ab ba ab; two of five are new.
