@@ -194,14 +194,17 @@ class Config(Recipe):
         for model in recipe["models"].values():
             if os.path.isabs(model["model"]) or model["model"].startswith("."):
                 model["model"] = os.path.basename(model["model"].rstrip("/"))
+        brought = recipe["dictionary"]
+        if brought and brought["path"] and "://" not in brought["path"]:
+            brought["path"] = os.path.basename(brought["path"].rstrip("/"))
         return recipe
 
 
 def read_config(path: str, overrides: Sequence[str] = ()) -> Config:
     """A recipe file as a checked config.
 
-    Relative paths of sources, targets and models are taken from the recipe file's folder; the run
-    and the cache from the working directory.
+    Relative paths of sources, targets, models and a dictionary are taken from the recipe file's
+    folder; the run and the cache from the working directory.
 
     Args:
         path: a YAML file, by path or fsspec URL.

@@ -77,6 +77,9 @@ def stage_identities(config: Config, flow: Flow) -> dict[str, dict[str, Any]]:
             }
             identity["upstream"] = upstream
             identity["artifacts"] = fitted
+        if name == "dictionary" and config.dictionary and config.dictionary.path:
+            # What the files hold counts, wherever they lie.
+            identity["settings"]["path"] = stage.file_identities()
         if name in ("pass_rate", "rollouts"):
             identity["checking"] = {library: version(library) for library in _CHECKING}
         if name in ("mixture", "emission"):

@@ -79,6 +79,9 @@ def resolve_paths(raw: dict[str, Any], path: str) -> None:
             reference = _expanded(model["model"])
             local = reference.startswith((".", "~")) or reference.endswith(".gguf")
             model["model"] = _located(reference, folder) if local else reference
+    dictionary = raw.get("dictionary")
+    if isinstance(dictionary, dict) and isinstance(dictionary.get("path"), str):
+        dictionary["path"] = _located(_expanded(dictionary["path"]), folder)
     execution = raw.get("execution")
     for key in ("run", "cache"):
         if isinstance(execution, dict) and isinstance(execution.get(key), str):
