@@ -239,14 +239,17 @@ class Config(Recipe):
         recipe["models"] = {name: model.portable() for name, model in self.models.items()}
         if self.reflection and self.reflection.prompts:
             recipe["reflection"]["prompts"] = os.path.basename(self.reflection.prompts)
+        brought = recipe["dictionary"]
+        if brought and brought["path"] and "://" not in brought["path"]:
+            brought["path"] = os.path.basename(brought["path"].rstrip("/"))
         return recipe
 
 
 def read_config(path: str, overrides: Sequence[str] = ()) -> Config:
     """A recipe file as a checked config.
 
-    Relative paths of sources, targets and models are taken from the recipe file's folder; the run
-    and the cache from the working directory.
+    Relative paths of sources, targets, models and a dictionary are taken from the recipe file's
+    folder; the run and the cache from the working directory.
 
     Args:
         path: a YAML file, by path or fsspec URL.

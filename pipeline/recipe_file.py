@@ -87,6 +87,9 @@ def resolve_paths(raw: dict[str, Any], path: str) -> None:
     reflection = raw.get("reflection")
     if isinstance(reflection, dict) and isinstance(reflection.get("prompts"), str):
         reflection["prompts"] = _located(_expanded(reflection["prompts"]), folder)
+    dictionary = raw.get("dictionary")
+    if isinstance(dictionary, dict) and isinstance(dictionary.get("path"), str):
+        dictionary["path"] = _located(_expanded(dictionary["path"]), folder)
     execution = raw.get("execution")
     for key in ("run", "cache"):
         if isinstance(execution, dict) and isinstance(execution.get(key), str):

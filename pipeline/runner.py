@@ -76,7 +76,7 @@ class Run:
             raise ConfigError(
                 f"--restart-from {self.restart_from}: the stages are {', '.join(self.flow.names)}"
             )
-        for stage in self.flow.rows.values():
+        for stage in (*self.flow.rows.values(), *self.flow.fits.values()):
             if isinstance(stage, Checked):
                 stage.check()
         self._check_keys()

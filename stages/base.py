@@ -157,7 +157,7 @@ class Checked(Protocol):
     """A stage that can tell before anything runs that it couldn't."""
 
     def check(self) -> None:
-        """Raise ConfigError; may read a tokenizer, loads no model."""
+        """Raise ConfigError; may read a tokenizer or a configuration, loads no model."""
         ...
 
 

@@ -185,9 +185,11 @@ def test_checkpoint_with_transposed_weight_says_so() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architecture": "gated"}, "architecture must be"),
+        ({"architecture": "transcoder"}, "architecture must be"),
+        ({"architecture": "gated"}, r"missing \['b_gate', 'b_mag', 'r_mag'\]"),
         ({"architecture": "jumprelu"}, r"missing \['threshold'\]"),
-        ({"normalize_activations": "layer_norm"}, "normalize_activations = 'layer_norm'"),
+        ({"normalize_activations": "covariance_whitening"}, "normalize_activations must be"),
+        ({"normalize_activations": "expected_average_only_in"}, "activation_scale"),
         ({"k": None}, "k must be an integer"),
         ({"k": 41}, "1 <= k <= d_sae = 40"),
         ({"d_sae": 41}, "d_sae = 41 need"),

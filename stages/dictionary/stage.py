@@ -1,4 +1,4 @@
-"""The dictionary stage: train a sparse autoencoder on the rows, find each task's prototype."""
+"""The dictionary stage: train or read a sparse autoencoder, find each task's prototype."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from stages.base import Artifact, Columns, EngineSpec, ShardedColumns
+from stages.dictionary.brought import brought_files, brought_sae, check_brought
 from stages.dictionary.settings import DictionarySettings
 from stages.engines import FeatureReader, MaskedSequence
 from stages.engines.model_files import cached_tokenizer, set_threads
 from stages.engines.settings import ModelSettings
 from stages.errors import RowError, StageError
 from stages.features.tokens import masked_sequence
-from stages.rows import key_hash
+from stages.rows import canonical_json, key_hash
 
 if TYPE_CHECKING:
     import torch
@@ -25,11 +26,15 @@ if TYPE_CHECKING:
     from stages.dictionary.sae import SparseAutoencoder
 
 
+_JUDGED_ROWS = 16
+"""Target rows on which an autoencoder that was brought is measured."""
+
+
 class DictionaryStage:
-    """Reads activations of a sample of rows, trains on them, and encodes the targets."""
+    """Trains on activations of a sample of rows, or reads files; encodes the targets."""
 
     name = "dictionary"
-    version = 1
+    version = 2
 
     def __init__(
         self, settings: DictionarySettings, models: Mapping[str, ModelSettings], seed: int
@@ -47,24 +52,44 @@ class DictionaryStage:
         """The student's activations."""
         return {"student": EngineSpec("reader", self.settings.student, self._student)}
 
+    def check(self) -> None:
+        """Refuse files that can't be read or aren't the student's.
+
+        Raises:
+            ConfigError: naming the file, the value and what to do.
+        """
+        if self.settings.path is not None:
+            check_brought(self.settings, self._student)
+
+    def file_contents(self) -> Mapping[str, str]:
+        """The files that `path` names count by what they hold, wherever they lie.
+
+        Raises:
+            ConfigError: they aren't there.
+        """
+        if self.settings.path is None:
+            return {}
+        return {"path": canonical_json(brought_files(self.settings))}
+
     async def fit(
         self, columns: ShardedColumns, targets: ShardedColumns, engines: Mapping[str, Any]
     ) -> Artifact:
         """The autoencoder's and the prototypes' files.
 
         Raises:
+            ConfigError: an autoencoder that was brought can't be read.
             StageError: the rows have no token to train on, or a task has none to stand for it.
         """
         from stages.dictionary.artifact import prototype_files
         from stages.dictionary.checkpoint import sae_bytes
-        from stages.dictionary.train import evaluate_reconstruction
 
         set_threads(self._student)
         reader: FeatureReader = engines["student"]
-        activations = await self._training_activations(columns, reader)
-        train, held_out = _split(activations, self._seed)
-        sae, curve = self._trained(train)
-        quality = evaluate_reconstruction(sae, _batches_of(held_out, self.settings.batch))
+        if self.settings.path is None:
+            sae, provenance, report = await self._made(columns, reader)
+        else:
+            sae, provenance = brought_sae(self.settings)
+            report = {"quality": await self._quality(targets, reader, sae)}
         prototypes, tasks, target_rows = await self._prototypes(targets, reader, sae)
         files = sae_bytes(
             sae,
@@ -73,20 +98,55 @@ class DictionaryStage:
                 "hook_name": f"blocks.{self.settings.layer}.hook_resid_post",
                 "hf_hidden_states_index": self.settings.layer + 1,
                 "part": self.settings.part,
-                "training_tokens": len(train),
-                "training": self.settings.training,
-                "seed": self._seed,
+                **provenance,
             },
         )
+        report |= {
+            "latents": sae.config.d_sae,
+            "target_rows": dict(zip(tasks, target_rows, strict=True)),
+        }
+        return Artifact({**files, **prototype_files(prototypes, tasks)}, report)
+
+    async def _made(
+        self, columns: ShardedColumns, reader: FeatureReader
+    ) -> tuple[SparseAutoencoder, dict[str, Any], dict[str, Any]]:
+        """An autoencoder trained on the rows, how it was made, and how good it is."""
+        from stages.dictionary.train import evaluate_reconstruction
+
+        activations = await self._training_activations(columns, reader)
+        train, held_out = _split(activations, self._seed)
+        sae, curve = self._trained(train)
+        quality = evaluate_reconstruction(sae, _batches_of(held_out, self.settings.batch))
+        provenance = {
+            "training_tokens": len(train),
+            "training": self.settings.training,
+            "seed": self._seed,
+        }
         report = {
             "tokens": len(activations),
             "held_out_tokens": len(held_out),
             "quality": asdict(quality),
             "curve": asdict(curve),
-            "latents": sae.config.d_sae,
-            "target_rows": dict(zip(tasks, target_rows, strict=True)),
         }
-        return Artifact({**files, **prototype_files(prototypes, tasks)}, report)
+        return sae, provenance, report
+
+    async def _quality(
+        self, targets: ShardedColumns, reader: FeatureReader, sae: SparseAutoencoder
+    ) -> dict[str, float] | None:
+        """How well it reconstructs the first target rows: FVU near 1 tells of a wrong layer."""
+        from stages.dictionary.train import evaluate_reconstruction
+
+        sequences: list[MaskedSequence] = []
+        for table in targets.iter(("effective_messages",)):
+            found = self._sequences(table.slice(0, _JUDGED_ROWS - len(sequences)))
+            sequences += [sequence for sequence in found if sequence is not None]
+            if len(sequences) >= _JUDGED_ROWS:
+                break
+        states = await reader.activations(sequences, self.settings.layer)
+        # The variance of a single token is zero, and its FVU undefined.
+        if len(states) < 2:
+            return None
+        return asdict(evaluate_reconstruction(sae, _batches_of(states, 256)))
 
     async def _training_activations(
         self, columns: ShardedColumns, reader: FeatureReader

@@ -222,7 +222,7 @@ def evaluate_reconstruction(sae: SparseAutoencoder, batches: Iterable[Tensor]) -
         x = batch.to(weight.device, weight.dtype)
         z = sae.encode(x)
         x64 = x.double()
-        error += (x64 - sae.decode(z).double()).square().sum()
+        error += (x64 - sae.decode(z, x).double()).square().sum()
         firings += (z > 0).sum(dim=0)
         size = x.shape[0]
         delta = x64.mean(dim=0) - mean
