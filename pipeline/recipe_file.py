@@ -102,6 +102,16 @@ def _located(path: str, folder: str) -> str:
     return path if os.path.isabs(path) else os.path.normpath(os.path.join(folder, path))
 
 
+def own_name(path: str) -> str:
+    """What a path is called wherever a project lies; a URL's name is the whole of it."""
+    return path if "://" in path else os.path.basename(path.rstrip("/"))
+
+
+def own_model_name(reference: str) -> str:
+    """What a model is called wherever a project lies: a local path by its last part."""
+    return own_name(reference) if os.path.isabs(reference) or reference[:1] == "." else reference
+
+
 def explained(error: ValidationError, path: str, root: type[BaseModel]) -> str:
     """What is wrong with a recipe, in words; unknown keys answered with the nearest known one.
 

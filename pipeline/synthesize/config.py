@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any, Self
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from pipeline.recipe_file import explained, raw_values, resolve_paths
+from pipeline.recipe_file import (
+    explained,
+    own_model_name,
+    own_name,
+    raw_values,
+    resolve_paths,
+)
 from stages.base import Settings
 from stages.engines.settings import ModelSettings
 from stages.errors import ConfigError
@@ -103,10 +108,9 @@ class SynthesisConfig(BaseModel):
         recipe = self.model_dump(mode="json", exclude={"execution"})
         for item in [*recipe["avoid"]["sources"], *recipe["avoid"]["targets"]]:
             paths = [item["path"]] if isinstance(item["path"], str) else item["path"]
-            item["path"] = [_own_name(path) for path in paths]
+            item["path"] = [own_name(path) for path in paths]
         for model in recipe["models"].values():
-            if os.path.isabs(model["model"]) or model["model"].startswith("."):
-                model["model"] = _own_name(model["model"])
+            model["model"] = own_model_name(model["model"])
         return recipe
 
 
@@ -131,7 +135,3 @@ def read_synthesis(path: str, overrides: Sequence[str] = ()) -> SynthesisConfig:
         return SynthesisConfig.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(explained(error, path, SynthesisConfig)) from error
-
-
-def _own_name(path: str) -> str:
-    return path if "://" in path else os.path.basename(path.rstrip("/"))

@@ -11,9 +11,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from stages.base import Artifact, Columns, EngineSpec, ShardedColumns
+from stages.dictionary.checks import check_active, check_layer
 from stages.dictionary.settings import DictionarySettings
 from stages.engines import FeatureReader, MaskedSequence
-from stages.engines.model_files import cached_tokenizer, set_threads
+from stages.engines.model_files import cached_tokenizer, decoder_shape, set_threads
 from stages.engines.settings import ModelSettings
 from stages.errors import RowError, StageError
 from stages.features.tokens import masked_sequence
@@ -29,7 +30,7 @@ class DictionaryStage:
     """Reads activations of a sample of rows, trains on them, and encodes the targets."""
 
     name = "dictionary"
-    version = 1
+    version = 2
 
     def __init__(
         self, settings: DictionarySettings, models: Mapping[str, ModelSettings], seed: int
@@ -47,6 +48,17 @@ class DictionaryStage:
         """The student's activations."""
         return {"student": EngineSpec("reader", self.settings.student, self._student)}
 
+    def check(self) -> None:
+        """Refuse a layer that the student doesn't have, and more active latents than there are.
+
+        Raises:
+            ConfigError: with the range.
+        """
+        settings = self.settings
+        blocks, width = decoder_shape(self._student)
+        check_layer("dictionary.layer", settings.layer, blocks, self._student.model)
+        check_active("dictionary.k", settings.k, width * settings.expansion)
+
     async def fit(
         self, columns: ShardedColumns, targets: ShardedColumns, engines: Mapping[str, Any]
     ) -> Artifact:
@@ -57,7 +69,7 @@ class DictionaryStage:
         """
         from stages.dictionary.artifact import prototype_files
         from stages.dictionary.checkpoint import sae_bytes
-        from stages.dictionary.train import evaluate_reconstruction
+        from stages.dictionary.evaluate import evaluate_reconstruction
 
         set_threads(self._student)
         reader: FeatureReader = engines["student"]
@@ -82,7 +94,7 @@ class DictionaryStage:
             "tokens": len(activations),
             "held_out_tokens": len(held_out),
             "quality": asdict(quality),
-            "curve": asdict(curve),
+            "curve": curve,
             "latents": sae.config.d_sae,
             "target_rows": dict(zip(tasks, target_rows, strict=True)),
         }
@@ -119,30 +131,42 @@ class DictionaryStage:
             raise StageError("no row has a content token to train on", stage=self.name)
         return kept
 
-    def _trained(self, activations: NDArray[np.float32]) -> tuple[SparseAutoencoder, Any]:
-        from stages.dictionary.train import TrainingConfig, train_sparse_autoencoder
+    def _trained(
+        self, activations: NDArray[np.float32]
+    ) -> tuple[SparseAutoencoder, dict[str, list[float]]]:
+        """The autoencoder, and measures of about fifty of its training steps."""
+        from stages.dictionary.train import Trainer, TrainingConfig, TrainingPoint, train
 
         settings = self.settings
-        config = TrainingConfig(
-            d_in=activations.shape[1],
-            d_sae=activations.shape[1] * settings.expansion,
-            k=settings.k,
-            training=settings.training,
-            learning_rate=settings.learning_rate,
-            warmup_steps=int(settings.warmup_share * settings.steps),
-            threshold_decay=0.99,
-            log_every=max(1, settings.steps // 50),
-            # A latent that hasn't fired in a twentieth of the training is revived by AuxK.
-            dead_after_tokens=max(settings.steps * settings.batch // 20, settings.batch),
-        )
+        points: list[TrainingPoint] = []
+
+        def note(point: TrainingPoint) -> None:
+            if point.step % max(1, settings.steps // 50) == 0 or point.step == settings.steps:
+                points.append(point)
+
         batches = _shuffled_batches(activations, settings.batch, settings.steps, self._seed)
         try:
-            return train_sparse_autoencoder(batches, config, settings.steps, self._seed)
+            config = TrainingConfig(
+                d_in=activations.shape[1],
+                d_sae=activations.shape[1] * settings.expansion,
+                k=settings.k,
+                steps=settings.steps,
+                training=settings.training,
+                learning_rate=settings.learning_rate,
+                warmup_steps=int(settings.warmup_share * settings.steps),
+                # A latent that hasn't fired in a twentieth of the training is revived by AuxK.
+                dead_after_tokens=max(settings.steps * settings.batch // 20, settings.batch),
+            )
+            sae = train(Trainer(config, self._seed), batches, note)
         except (ValueError, FloatingPointError) as error:
             raise StageError(
                 f"the autoencoder can't be trained on {len(activations)} tokens: {error}",
                 stage=self.name,
             ) from error
+        columns = zip(*points, strict=True)
+        return sae, {
+            name: list(values) for name, values in zip(TrainingPoint._fields, columns, strict=True)
+        }
 
     async def _prototypes(
         self, targets: ShardedColumns, reader: FeatureReader, sae: SparseAutoencoder
