@@ -16,6 +16,7 @@ from rich.console import Console
 
 from pipeline.analyse.cli import analyse
 from pipeline.synthesize.cli import synthesize
+from pipeline.train_sae.cli import train_sae
 from stages.errors import ConfigError, RunBusy, TamisError
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 app.add_typer(analyse, name="analyse")
 app.add_typer(synthesize, name="synthesize")
+app.command(name="train-sae")(train_sae)
 
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Sets = Annotated[

@@ -113,6 +113,11 @@ def _located(path: str, folder: str) -> str:
     return path if os.path.isabs(path) else os.path.normpath(os.path.join(folder, path))
 
 
+def own_name(path: str) -> str:
+    """What a path is called wherever a project lies; a URL's name is the whole of it."""
+    return path if "://" in path else os.path.basename(path.rstrip("/"))
+
+
 def explained(error: ValidationError, path: str, root: type[BaseModel]) -> str:
     """What is wrong with a recipe, in words; unknown keys answered with the nearest known one.
 

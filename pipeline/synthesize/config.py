@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any, Self
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from pipeline.recipe_file import explained, raw_values, resolve_paths
+from pipeline.recipe_file import (
+    explained,
+    own_name,
+    raw_values,
+    resolve_paths,
+)
 from stages.base import Settings
 from stages.engines.settings import ModelSettings
 from stages.errors import ConfigError
@@ -118,7 +122,7 @@ class SynthesisConfig(BaseModel):
         recipe = self.model_dump(mode="json", exclude={"execution"})
         for item in [*recipe["avoid"]["sources"], *recipe["avoid"]["targets"]]:
             paths = [item["path"]] if isinstance(item["path"], str) else item["path"]
-            item["path"] = [_own_name(path) for path in paths]
+            item["path"] = [own_name(path) for path in paths]
         recipe["models"] = {name: model.portable() for name, model in self.models.items()}
         return recipe
 
@@ -144,7 +148,3 @@ def read_synthesis(path: str, overrides: Sequence[str] = ()) -> SynthesisConfig:
         return SynthesisConfig.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(explained(error, path, SynthesisConfig)) from error
-
-
-def _own_name(path: str) -> str:
-    return path if "://" in path else os.path.basename(path.rstrip("/"))

@@ -244,15 +244,6 @@ class SparseAutoencoder(nn.Module):
         return self.decode(self.encode(x), x)
 
     @torch.no_grad()
-    def normalise_decoder(self) -> None:
-        """Scale every decoder row to unit norm, in place; the codes keep their values.
-
-        It changes the function, so it belongs between training steps. Use ``fold_decoder_norm``
-        on a trained autoencoder.
-        """
-        self.W_dec.div_(_row_norm(self.W_dec))
-
-    @torch.no_grad()
     def fold_decoder_norm(self) -> None:
         """Move the decoder norms into the codes, in place: ``z_j <- z_j |W_dec[j]|``.
 
@@ -393,24 +384,6 @@ def top_k(a: Tensor, k: int) -> Tensor:
     """
     values, indices = a.topk(k, dim=-1, sorted=False)
     return torch.zeros_like(a).scatter(-1, indices, values)
-
-
-def batch_top_k(a: Tensor, k: int) -> Tensor:
-    """Keep the ``k * batch`` largest latents of a whole batch and zero the others.
-
-    A token may so get more or fewer than ``k`` latents. The code of a token depends on the
-    other tokens: use it in training only, and a threshold afterwards.
-
-    Args:
-        a: ``[batch, n]`` non-negative.
-        k: Mean number of latents kept a token.
-
-    Returns:
-        ``[batch, n]``, differentiable in the latents kept.
-
-    Source: Bussmann et al. 2024, equation 4.
-    """
-    return top_k(a.flatten(), k * a.shape[0]).view_as(a)
 
 
 def _row_norm(weight: Tensor) -> Tensor:

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from stages.base import Artifact, Columns, EngineSpec, ShardedColumns
 from stages.dictionary.brought import brought_files, brought_sae, check_brought
+from stages.dictionary.checks import check_active, check_layer
 from stages.dictionary.settings import DictionarySettings
 from stages.engines import FeatureReader, MaskedSequence
-from stages.engines.model_files import cached_tokenizer, set_threads
+from stages.engines.model_files import cached_tokenizer, decoder_shape, set_threads
 from stages.engines.settings import ModelSettings
 from stages.errors import RowError, StageError
 from stages.features.tokens import masked_sequence
@@ -53,13 +54,18 @@ class DictionaryStage:
         return {"student": EngineSpec("reader", self.settings.student, self._student)}
 
     def check(self) -> None:
-        """Refuse files that can't be read or aren't the student's.
+        """Refuse what the student doesn't have, and files that can't be read or aren't its own.
 
         Raises:
-            ConfigError: naming the file, the value and what to do.
+            ConfigError: naming the value or the file, and what to do.
         """
-        if self.settings.path is not None:
-            check_brought(self.settings, self._student)
+        settings = self.settings
+        blocks, width = decoder_shape(self._student)
+        check_layer("dictionary.layer", settings.layer, blocks, self._student.model)
+        if settings.path is None:
+            check_active("dictionary.k", settings.k, width * settings.expansion)
+        else:
+            check_brought(settings, self._student)
 
     def file_contents(self) -> Mapping[str, str]:
         """The files that `path` names count by what they hold, wherever they lie.
@@ -111,7 +117,7 @@ class DictionaryStage:
         self, columns: ShardedColumns, reader: FeatureReader
     ) -> tuple[SparseAutoencoder, dict[str, Any], dict[str, Any]]:
         """An autoencoder trained on the rows, how it was made, and how good it is."""
-        from stages.dictionary.train import evaluate_reconstruction
+        from stages.dictionary.evaluate import evaluate_reconstruction
 
         activations = await self._training_activations(columns, reader)
         train, held_out = _split(activations, self._seed)
@@ -126,7 +132,7 @@ class DictionaryStage:
             "tokens": len(activations),
             "held_out_tokens": len(held_out),
             "quality": asdict(quality),
-            "curve": asdict(curve),
+            "curve": curve,
         }
         return sae, provenance, report
 
@@ -134,7 +140,7 @@ class DictionaryStage:
         self, targets: ShardedColumns, reader: FeatureReader, sae: SparseAutoencoder
     ) -> dict[str, float] | None:
         """How well it reconstructs the first target rows: FVU near 1 tells of a wrong layer."""
-        from stages.dictionary.train import evaluate_reconstruction
+        from stages.dictionary.evaluate import evaluate_reconstruction
 
         sequences: list[MaskedSequence] = []
         for table in targets.iter(("effective_messages",)):
@@ -179,30 +185,42 @@ class DictionaryStage:
             raise StageError("no row has a content token to train on", stage=self.name)
         return kept
 
-    def _trained(self, activations: NDArray[np.float32]) -> tuple[SparseAutoencoder, Any]:
-        from stages.dictionary.train import TrainingConfig, train_sparse_autoencoder
+    def _trained(
+        self, activations: NDArray[np.float32]
+    ) -> tuple[SparseAutoencoder, dict[str, list[float]]]:
+        """The autoencoder, and measures of about fifty of its training steps."""
+        from stages.dictionary.train import Trainer, TrainingConfig, TrainingPoint, train
 
         settings = self.settings
-        config = TrainingConfig(
-            d_in=activations.shape[1],
-            d_sae=activations.shape[1] * settings.expansion,
-            k=settings.k,
-            training=settings.training,
-            learning_rate=settings.learning_rate,
-            warmup_steps=int(settings.warmup_share * settings.steps),
-            threshold_decay=0.99,
-            log_every=max(1, settings.steps // 50),
-            # A latent that hasn't fired in a twentieth of the training is revived by AuxK.
-            dead_after_tokens=max(settings.steps * settings.batch // 20, settings.batch),
-        )
+        points: list[TrainingPoint] = []
+
+        def note(point: TrainingPoint) -> None:
+            if point.step % max(1, settings.steps // 50) == 0 or point.step == settings.steps:
+                points.append(point)
+
         batches = _shuffled_batches(activations, settings.batch, settings.steps, self._seed)
         try:
-            return train_sparse_autoencoder(batches, config, settings.steps, self._seed)
+            config = TrainingConfig(
+                d_in=activations.shape[1],
+                d_sae=activations.shape[1] * settings.expansion,
+                k=settings.k,
+                steps=settings.steps,
+                training=settings.training,
+                learning_rate=settings.learning_rate,
+                warmup_steps=int(settings.warmup_share * settings.steps),
+                # A latent that hasn't fired in a twentieth of the training is revived by AuxK.
+                dead_after_tokens=max(settings.steps * settings.batch // 20, settings.batch),
+            )
+            sae = train(Trainer(config, self._seed), batches, note)
         except (ValueError, FloatingPointError) as error:
             raise StageError(
                 f"the autoencoder can't be trained on {len(activations)} tokens: {error}",
                 stage=self.name,
             ) from error
+        columns = zip(*points, strict=True)
+        return sae, {
+            name: list(values) for name, values in zip(TrainingPoint._fields, columns, strict=True)
+        }
 
     async def _prototypes(
         self, targets: ShardedColumns, reader: FeatureReader, sae: SparseAutoencoder

@@ -71,6 +71,10 @@ def make_engine(kind: str, settings: ModelSettings, tensor_parallel: int = 1) ->
         from stages.engines.scorer import TransformersScorer
 
         return TransformersScorer(settings)
+    if kind == "splicer":
+        from stages.engines.splicer import TransformersSplicer
+
+        return TransformersSplicer(settings)
     if kind == "reader":
         from stages.engines.reader import TransformersReader
 
