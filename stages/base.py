@@ -165,8 +165,8 @@ class Checked(Protocol):
 class ReadsFiles(Protocol):
     """A stage with settings that name files, of which the content counts and not the place."""
 
-    def file_contents(self) -> Mapping[str, str]:
-        """By settings field: what identifies the content of the file that it names."""
+    def file_contents(self) -> Mapping[str, Any]:
+        """By settings field: what identifies the content of the files that it names."""
         ...
 
 

@@ -231,7 +231,7 @@ def test_changed_file_is_named_when_a_run_goes_on(
         ({"path": "nowhere"}, "nowhere holds no autoencoder of a known format"),
         ({"format": "gemma_scope"}, r"lacks params\.npz, which the format gemma_scope needs"),
         ({"layer": 3}, "block 2, .*: set dictionary.layer to 2"),
-        ({"layer": 7, "path": "far"}, "has blocks 0 to 4"),
+        ({"layer": 7, "path": "far"}, "has 5 blocks"),
         ({"path": "wide"}, "width 12, but student .* has width 8"),
         ({"path": "damaged"}, r"sae\.safetensors can't be read"),
         ({"steps": 3}, "leave out steps"),

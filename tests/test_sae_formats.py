@@ -27,7 +27,8 @@ from stages.dictionary.formats import (
 )
 from stages.dictionary.formats.hooks import block_of_hook
 from stages.dictionary.formats.published import Published, Wanted
-from stages.dictionary.sae import SparseAutoencoder, SparseAutoencoderConfig, batch_top_k
+from stages.dictionary.sae import SparseAutoencoder, SparseAutoencoderConfig
+from stages.dictionary.sparse import batch_top_k_entries
 from stages.errors import ConfigError
 from stages.storage import Store
 
@@ -776,8 +777,13 @@ def test_batch_top_k_read_as_a_threshold_doesn_t_depend_on_the_batch(tmp_path: P
     close(sae.encode(X), alone)
     # BatchTopK itself would: its codes change with the company.
     dense = sae.activations(X)
-    batch = batch_top_k(dense, K)
-    single = torch.cat([batch_top_k(token[None], K) for token in dense])
+
+    def kept(codes: torch.Tensor) -> torch.Tensor:
+        tokens, latents, values = batch_top_k_entries(codes, K)
+        return torch.zeros_like(codes).index_put((tokens, latents), values)
+
+    batch = kept(dense)
+    single = torch.cat([kept(token[None]) for token in dense])
     assert not torch.equal(batch, single)
 
 

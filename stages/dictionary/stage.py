@@ -19,7 +19,7 @@ from stages.engines.model_files import cached_tokenizer, decoder_shape, set_thre
 from stages.engines.settings import ModelSettings
 from stages.errors import RowError, StageError
 from stages.features.tokens import masked_sequence
-from stages.rows import canonical_json, key_hash
+from stages.rows import key_hash
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +67,7 @@ class DictionaryStage:
         else:
             check_brought(settings, self._student)
 
-    def file_contents(self) -> Mapping[str, str]:
+    def file_contents(self) -> Mapping[str, Any]:
         """The files that `path` names count by what they hold, wherever they lie.
 
         Raises:
@@ -75,7 +75,7 @@ class DictionaryStage:
         """
         if self.settings.path is None:
             return {}
-        return {"path": canonical_json(brought_files(self.settings))}
+        return {"path": brought_files(self.settings)}
 
     async def fit(
         self, columns: ShardedColumns, targets: ShardedColumns, engines: Mapping[str, Any]
