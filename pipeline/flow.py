@@ -17,6 +17,7 @@ from stages.errors import ConfigError
 from stages.features.stage import FeaturesStage
 from stages.mixture.stage import MixtureStage, Supply
 from stages.pass_rate.stage import PassRateStage
+from stages.prototypes.stage import PrototypesStage
 from stages.reasoning.stage import ReasoningStage
 from stages.reflection.stage import ReflectionStage
 from stages.rows import ROWS
@@ -44,6 +45,7 @@ ORDER = (
     "reasoning",
     "reflection",
     "dictionary",
+    "prototypes",
     "features",
     "embedding",
     "selection",
@@ -117,6 +119,9 @@ def flow_of(config: Config) -> Flow:
     if config.dictionary:
         fits["dictionary"] = DictionaryStage(config.dictionary, models, config.seed)
     if config.features and config.dictionary:
+        fits["prototypes"] = PrototypesStage(
+            config.features, config.dictionary, models, config.seed
+        )
         rows["features"] = FeaturesStage(config.features, config.dictionary, models)
     if config.embedding:
         rows["embedding"] = EmbeddingStage(config.embedding, models)

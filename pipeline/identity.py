@@ -62,7 +62,8 @@ def stage_identities(config: Config, flow: Flow) -> dict[str, dict[str, Any]]:
             upstream = {earlier: fingerprint(identities[earlier]) for earlier in read}
             fitted = {artifact: fingerprint(identities[artifact]) for artifact in stage.artifacts()}
         elif name in flow.fits:
-            stage, upstream, fitted = flow.fits[name], {}, {}
+            stage, upstream = flow.fits[name], {}
+            fitted = {artifact: fingerprint(identities[artifact]) for artifact in stage.artifacts()}
         else:
             stage, upstream, fitted = flow.sets[name], {}, {}
         identity: dict[str, Any] = {

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from stages.base import Artifact, Columns, EngineSpec, ShardedColumns
+from stages.base import NO_ARTIFACTS, Artifact, Columns, EngineSpec, ShardedColumns
 from stages.dictionary.settings import DictionarySettings
 from stages.engines import FeatureReader, MaskedSequence
 from stages.engines.model_files import cached_tokenizer, set_threads
@@ -18,6 +18,7 @@ from stages.engines.settings import ModelSettings
 from stages.errors import RowError, StageError
 from stages.features.tokens import masked_sequence
 from stages.rows import key_hash
+from stages.storage import Store
 
 if TYPE_CHECKING:
     import torch
@@ -47,8 +48,16 @@ class DictionaryStage:
         """The student's activations."""
         return {"student": EngineSpec("reader", self.settings.student, self._student)}
 
+    def artifacts(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
     async def fit(
-        self, columns: ShardedColumns, targets: ShardedColumns, engines: Mapping[str, Any]
+        self,
+        columns: ShardedColumns,
+        targets: ShardedColumns,
+        engines: Mapping[str, Any],
+        artifacts: Mapping[str, Store] = NO_ARTIFACTS,
     ) -> Artifact:
         """The autoencoder's and the prototypes' files.
 
