@@ -18,6 +18,7 @@ from stages.features.stage import FeaturesStage
 from stages.mixture.stage import MixtureStage, Supply
 from stages.pass_rate.stage import PassRateStage
 from stages.prefixes.stage import PrefixesStage
+from stages.prototypes.stage import PrototypesStage
 from stages.reasoning.stage import ReasoningStage
 from stages.reflection.probe import RepliesStage
 from stages.reflection.stage import ReflectionStage
@@ -50,6 +51,7 @@ ORDER = (
     "reflection",
     "prefixes",
     "dictionary",
+    "prototypes",
     "features",
     "embedding",
     "selection",
@@ -134,6 +136,9 @@ def flow_of(config: Config) -> Flow:
     if config.dictionary:
         fits["dictionary"] = DictionaryStage(config.dictionary, models, config.seed)
     if config.features and config.dictionary:
+        fits["prototypes"] = PrototypesStage(
+            config.features, config.dictionary, models, config.seed
+        )
         rows["features"] = FeaturesStage(config.features, config.dictionary, models)
     if config.embedding:
         rows["embedding"] = EmbeddingStage(config.embedding, models)

@@ -70,7 +70,8 @@ def stage_identities(config: Config, flow: Flow) -> dict[str, dict[str, Any]]:
                 if artifact != TARGETS
             }
         elif name in flow.fits:
-            stage, upstream, fitted = flow.fits[name], {}, {}
+            stage, upstream = flow.fits[name], {}
+            fitted = {artifact: fingerprint(identities[artifact]) for artifact in stage.artifacts()}
         else:
             stage, upstream, fitted = flow.sets[name], {}, {}
         identity: dict[str, Any] = {

@@ -188,8 +188,8 @@ class Run:
         if read_identity(self.store, name) != self.identities[name]:
             return False
         if name in self.flow.fits and not self._refits(name):
-            mine = {key: value for key, value in inputs.items() if key == "targets"}
-            return bool(manifest["inputs"].get("targets") == mine.get("targets"))
+            kept = ("targets", *self.flow.fits[name].artifacts())
+            return all(manifest["inputs"].get(key) == inputs.get(key) for key in kept)
         return bool(manifest["inputs"] == dict(inputs))
 
     def _refits(self, name: str) -> bool:
@@ -520,7 +520,8 @@ class Run:
         self.listener(Event(name, "start", total=1))
         backend = await self._open(stage)
         columns, targets = self._columns(name), self._targets(name)
-        artifact = await backend.fit(FitTask(stage, columns, targets))
+        stores = {read: self.store.child(folder_of(read)).url for read in stage.artifacts()}
+        artifact = await backend.fit(FitTask(stage, columns, targets, stores))
         folder = self.store.child(folder_of(name))
         for file, data in artifact.files.items():
             folder.write_bytes(file, data)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import pyarrow as pa
@@ -170,6 +171,9 @@ class ReadsFiles(Protocol):
         ...
 
 
+NO_ARTIFACTS: Mapping[str, Store] = MappingProxyType({})
+
+
 @dataclass(frozen=True)
 class Artifact:
     """What a fit stage makes: files by name, and numbers to report."""
@@ -204,8 +208,16 @@ class FitStage(Protocol):
         """The models it asks, by role."""
         ...
 
+    def artifacts(self) -> tuple[str, ...]:
+        """Names of the earlier fit and set stages whose files it reads."""
+        ...
+
     async def fit(
-        self, columns: ShardedColumns, targets: ShardedColumns, engines: Mapping[str, Any]
+        self,
+        columns: ShardedColumns,
+        targets: ShardedColumns,
+        engines: Mapping[str, Any],
+        artifacts: Mapping[str, Store] = NO_ARTIFACTS,
     ) -> Artifact:
         """The artifact's files."""
         ...

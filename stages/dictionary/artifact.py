@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from stages.dictionary.checkpoint import sae_from_bytes
@@ -26,13 +25,6 @@ def prototype_files(prototypes: Tensor, tasks: Sequence[str]) -> dict[str, bytes
     }
 
 
-def read_dictionary(store: Store) -> tuple[SparseAutoencoder, Tensor]:
-    """The autoencoder, and the prototypes float32 [tasks, latents]."""
-    sae = sae_from_bytes({name: store.read_bytes(name) for name in _SAE_FILES}).eval()
-    prototypes = load(store.read_bytes(PROTOTYPES))["prototypes"]
-    return sae, prototypes.to(torch.float32)
-
-
-def task_names(store: Store) -> list[str]:
-    """Names of the tasks, in the order of the prototypes."""
-    return [str(name) for name in store.read_json(TASKS)]
+def read_autoencoder(store: Store) -> SparseAutoencoder:
+    """The autoencoder, in evaluation mode."""
+    return sae_from_bytes({name: store.read_bytes(name) for name in _SAE_FILES}).eval()
