@@ -28,7 +28,7 @@ from pipeline.rundir import (
     start_stage,
 )
 from pipeline.shard import BESIDE, ShardReport, ShardTask, is_committed
-from stages.base import TARGETS, Checked, RowStage, in_turn
+from stages.base import UNSEEN, Checked, RowStage, in_turn
 from stages.engines.chat_cache import Spent
 from stages.errors import ConfigError, StageError
 from stages.ingest import SCRATCH, content_of, ingest
@@ -218,6 +218,8 @@ class Run:
                 found |= {"rows": split["rows"], "targets": split["targets"]}
                 if beside := self._beside_digests(name):
                     found["beside"] = beside
+                if name in self.flow.rows and UNSEEN in self.flow.rows[name].artifacts():
+                    found[UNSEEN] = split[UNSEEN]
             else:
                 found[earlier] = manifest["digest"]
         return found
@@ -234,7 +236,7 @@ class Run:
         self.listener(Event("ingest", "start"))
         started = time.monotonic()
         folder = self.store.child("ingest")
-        for old in ("rejects", "targets", SCRATCH, *parts(self.store, "ingest")):
+        for old in ("rejects", "targets", UNSEEN, SCRATCH, *parts(self.store, "ingest")):
             folder.remove(old)
         mark = fingerprint(self.identities["ingest"])
         searches = self.config.ingest.near_duplicates is not None
@@ -250,17 +252,19 @@ class Run:
         found = [*parts(self.store, "ingest")]
         targets = [f"targets/{part}" for part in parts(self.store, "ingest/targets")]
         rejects = [f"rejects/{part}" for part in parts(self.store, "ingest/rejects")]
+        unseen = [f"{UNSEEN}/{part}" for part in parts(self.store, f"ingest/{UNSEEN}")]
         ids = {part: folder.read_table(part, ["id"])["id"] for part in [*found, *targets]}
         rows = sum(len(ids[part]) for part in found)
         digests = {
             "rows": _joined(ids_digest(ids[part]) for part in found),
             "targets": _joined(folder.sha256(part) for part in targets),
+            UNSEEN: _joined(folder.sha256(part) for part in unseen),
             "parts": {part: ids_digest(ids[part]) for part in [*found, *targets]},
         }
         finish_stage(
             self.store,
             "ingest",
-            [*found, *targets, *rejects],
+            [*found, *targets, *unseen, *rejects],
             {part: len(ids[part]) for part in [*found, *targets]},
             fingerprint=mark,
             inputs=dict(inputs),
@@ -395,7 +399,7 @@ class Run:
         }
 
     def _artifact(self, name: str) -> Store:
-        return self.store.child("ingest/targets" if name == TARGETS else folder_of(name))
+        return self.store.child(f"ingest/{UNSEEN}" if name == UNSEEN else folder_of(name))
 
     def _fitted_digest(self, name: str) -> str:
         """The content of the artifacts that a row stage reads, "" without one."""
@@ -403,9 +407,9 @@ class Run:
             str((read_manifest(self.store, fit) or {})["digest"])
             for fit in self.identities[name]["artifacts"]
         ]
-        if TARGETS in self.flow.rows[name].artifacts():
+        if UNSEEN in self.flow.rows[name].artifacts():
             ingested = read_manifest(self.store, "ingest") or {}
-            digests.append(str(ingested["report"]["digests"]["targets"]))
+            digests.append(str(ingested["report"]["digests"][UNSEEN]))
         return ":".join(digests)
 
     def _limit_key(

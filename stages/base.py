@@ -43,8 +43,8 @@ def in_turn(fn: Callable[[T], R], tasks: Iterable[T], /) -> Iterable[R]:
 
 EngineKind = Literal["scorer", "generator", "reader", "embedder"]
 
-TARGETS = "targets"
-"""The artifact that is no fit stage's: the folder of the ingested target rows."""
+UNSEEN = "unseen"
+"""The artifact that is no fit stage's: ingest's folder of rows that training must not see."""
 
 
 class Settings(BaseModel):
@@ -143,7 +143,7 @@ class RowStage(Protocol):
         ...
 
     def artifacts(self) -> tuple[str, ...]:
-        """Names of the fit stages whose artifacts it reads; TARGETS for the target rows."""
+        """Names of the fit stages whose artifacts it reads; UNSEEN for ingest's."""
         ...
 
     async def process(
