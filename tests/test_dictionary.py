@@ -17,7 +17,7 @@ from stages.dictionary.stage import DictionaryStage
 from stages.engines.local import LocalHandle
 from stages.engines.reader import TransformersReader
 from stages.engines.settings import ModelSettings
-from stages.errors import RowError
+from stages.errors import ConfigError, RowError
 from stages.features.settings import FeaturesSettings
 from stages.features.stage import FeaturesStage
 from stages.features.tokens import masked_sequence
@@ -126,6 +126,21 @@ def _pooled_code(reader: Any, sae: Any, messages: Any) -> torch.Tensor:
     states = asyncio.run(reader.activations([sequence], SETTINGS.layer))
     with torch.inference_mode():
         return sae.encode(torch.from_numpy(states)).mean(0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layer": 30}, r"dictionary\.layer: 30, and .* has 30 blocks.* at most 29"),
+        ({"k": 1153}, r"dictionary\.k: 1153 exceeds the 1152 latents"),
+    ],
+)
+def test_what_the_student_cannot_give_is_refused_from_its_config(
+    change: dict[str, int], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DictionaryStage(SETTINGS.model_copy(update=change), MODELS, 0).check()
+    DictionaryStage(SETTINGS.model_copy(update={"layer": 29, "k": 1152}), MODELS, 0).check()
 
 
 @pytest.mark.parametrize(

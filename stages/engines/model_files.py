@@ -117,30 +117,30 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
         raise EngineError(f"model {settings.model}: cannot read its tokenizer: {error}") from error
 
 
+@functools.lru_cache(maxsize=8)
+def cached_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
+    """A model's tokenizer, read once a process."""
+    return load_tokenizer(settings)
+
+
 def decoder_shape(settings: ModelSettings) -> tuple[int, int]:
-    """How many blocks a model has, and how wide its residual stream is; read, not loaded.
+    """Number of blocks and width of the residual stream, from the configuration alone.
 
     Raises:
-        ConfigError: the model can't be found.
-        EngineError: its configuration can't be read.
+        ConfigError: the model can't be found, or its configuration can't be read.
     """
     from transformers import AutoConfig
 
     folder = model_folder(settings.model)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=settings.trust_remote_code
+        ).get_text_config()
     except (OSError, ValueError) as error:
-        raise EngineError(
+        raise ConfigError(
             f"model {settings.model}: cannot read its configuration: {error}"
         ) from error
-    text = config.get_text_config()
-    return int(text.num_hidden_layers), int(text.hidden_size)
-
-
-@functools.lru_cache(maxsize=8)
-def cached_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
-    """A model's tokenizer, read once a process."""
-    return load_tokenizer(settings)
+    return int(config.num_hidden_layers), int(config.hidden_size)
 
 
 def load_causal_lm(settings: ModelSettings) -> PreTrainedModel:
