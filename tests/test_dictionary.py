@@ -14,7 +14,7 @@ from stages.dictionary.stage import DictionaryStage
 from stages.engines.local import LocalHandle
 from stages.engines.reader import TransformersReader
 from stages.engines.settings import ModelSettings
-from stages.errors import RowError
+from stages.errors import ConfigError, RowError
 from stages.features.settings import FeaturesSettings
 from stages.features.stage import FeaturesStage
 from stages.features.tokens import masked_sequence
@@ -90,6 +90,21 @@ def test_rows_are_nearer_to_the_task_that_they_resemble(fitted: Any, tmp_path: A
         stage.process(rows.table, engines, {"dictionary": store, "prototypes": made})
     )
     assert found["nearest_task"].to_pylist() == ["maths"] * 6 + ["code"] * 6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layer": 30}, r"dictionary\.layer: 30, and .* has 30 blocks.* at most 29"),
+        ({"k": 1153}, r"dictionary\.k: 1153 exceeds the 1152 latents"),
+    ],
+)
+def test_what_the_student_cannot_give_is_refused_from_its_config(
+    change: dict[str, int], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DictionaryStage(SETTINGS.model_copy(update=change), MODELS, 0).check()
+    DictionaryStage(SETTINGS.model_copy(update={"layer": 29, "k": 1152}), MODELS, 0).check()
 
 
 @pytest.mark.parametrize(
