@@ -74,7 +74,7 @@ def random_sae(d_in: int, d_sae: int, threshold: float, seed: int = 0) -> Sparse
     sae = SparseAutoencoder(SparseAutoencoderConfig(d_in, d_sae, "jumprelu"))
     with torch.no_grad():
         sae.W_dec.copy_(torch.randn(d_sae, d_in, generator=generator))
-        sae.normalise_decoder()
+        sae.W_dec.div_(sae.W_dec.norm(dim=-1, keepdim=True))
         sae.W_enc.copy_(sae.W_dec.T)
         sae.b_dec.copy_(torch.randn(d_in, generator=generator))
         sae.b_enc.copy_(0.1 * torch.randn(d_sae, generator=generator))

@@ -225,39 +225,6 @@ class DictionaryStage:
             name: list(values) for name, values in zip(TrainingPoint._fields, columns, strict=True)
         }
 
-    async def _prototypes(
-        self, targets: ShardedColumns, reader: FeatureReader, sae: SparseAutoencoder
-    ) -> tuple[torch.Tensor, list[str], list[int]]:
-        """Mean code of each task's rows, [tasks, latents]; tasks sorted; rows behind each."""
-        import torch
-
-        from stages.features.jaccard import prototype
-        from stages.features.pooling import mean_pool_dense
-
-        codes: dict[str, list[torch.Tensor]] = {}
-        for table in targets.iter(("id", "effective_messages", "task")):
-            sequences = self._sequences(table)
-            usable = [
-                (task, sequence)
-                for task, sequence in zip(table["task"].to_pylist(), sequences, strict=True)
-                if sequence is not None
-            ]
-            if not usable:
-                continue
-            states = await reader.activations([s for _, s in usable], self.settings.layer)
-            lengths = torch.tensor([sum(sequence.keep) for _, sequence in usable])
-            owner = torch.repeat_interleave(torch.arange(len(usable)), lengths)
-            with torch.inference_mode():
-                tokens = sae.encode(torch.from_numpy(states))
-                pooled = mean_pool_dense(tokens, owner, len(usable), lengths)
-            for (task, _), code in zip(usable, pooled, strict=True):
-                codes.setdefault(task, []).append(code)
-        if not codes:
-            raise StageError("no target row has a content token", stage=self.name)
-        tasks = sorted(codes)
-        stacked = torch.stack([prototype(torch.stack(codes[task])) for task in tasks])
-        return stacked, tasks, [len(codes[task]) for task in tasks]
-
     def _sequences(self, table: pa.Table) -> list[MaskedSequence | None]:
         tokenizer = cached_tokenizer(self._student)
         sequences: list[MaskedSequence | None] = []
