@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from pipeline.recipe_file import explained, raw_values, resolve_paths
 from stages.allocation.settings import AllocationSettings, RolloutsSettings
 from stages.base import Settings
+from stages.baselines.settings import BaselinesSettings
 from stages.dictionary.settings import DictionarySettings
 from stages.difficulty.settings import DifficultySettings
 from stages.embedding.settings import EmbeddingSettings
@@ -118,6 +119,7 @@ class Recipe(BaseModel):
     dictionary: DictionarySettings | None = None
     features: FeaturesSettings | None = None
     embedding: EmbeddingSettings | None = None
+    baselines: BaselinesSettings | None = None
     selection: SelectionSettings = SelectionSettings()
     mixture: MixtureSettings | None = None
     emission: EmissionSettings = EmissionSettings()
@@ -159,6 +161,11 @@ class Recipe(BaseModel):
         for section in ("dictionary", "features", "mixture"):
             if getattr(self, section) and not self.targets:
                 raise ValueError(f"{section} needs targets: name at least one")
+        if self.baselines and self.baselines.to_targets and not self.targets:
+            raise ValueError(
+                f"baselines.scores: {self.baselines.to_targets[0]} compares rows with the targets: "
+                "name at least one"
+            )
         for section, role in _MODEL_ROLES:
             settings = getattr(self, section)
             if settings and getattr(settings, role) not in self.models:

@@ -9,6 +9,9 @@ from pipeline.config import Config
 from stages.allocation.rollouts import RolloutsStage
 from stages.allocation.stage import AllocationStage
 from stages.base import FitStage, RowStage, SetStage
+from stages.baselines.readers import Readers
+from stages.baselines.stage import BaselinesStage
+from stages.baselines.targets import BaselineTargetsStage
 from stages.dictionary.stage import DictionaryStage
 from stages.difficulty.stage import DifficultyStage
 from stages.embedding.stage import EmbeddingStage
@@ -39,6 +42,7 @@ ROW_STAGES = (
     "prefixes",
     "features",
     "embedding",
+    "baselines",
 )
 ORDER = (
     "ingest",
@@ -55,6 +59,8 @@ ORDER = (
     "prototypes",
     "features",
     "embedding",
+    "baseline_targets",
+    "baselines",
     "selection",
     "mixture",
     "emission",
@@ -143,6 +149,11 @@ def flow_of(config: Config) -> Flow:
         rows["features"] = FeaturesStage(config.features, config.dictionary, models)
     if config.embedding:
         rows["embedding"] = EmbeddingStage(config.embedding, models)
+    if config.baselines:
+        readers = Readers(config.baselines, config.embedding, models, config.seed)
+        if config.baselines.to_targets:
+            fits["baseline_targets"] = BaselineTargetsStage(readers)
+        rows["baselines"] = BaselinesStage(config.baselines, readers, config.seed)
     present = [*ROWS.names, *(n for stage in rows.values() for n in stage.columns().adds.names)]
     flow = Flow(rows, fits, _set_stages(config, tuple(present)))
     _check_endpoints({**rows, **fits})
