@@ -141,6 +141,8 @@ class Recipe(BaseModel):
             raise ValueError(f"ingest.near_duplicates.prefer names {unknown[0]!r}, no source")
         if self.features and not self.dictionary:
             raise ValueError("features needs a dictionary section")
+        if self.explanation and not self.features:
+            raise ValueError("explanation needs a features section: it explains similarities")
         for section in ("pass_rate", "reflection"):
             settings = getattr(self, section)
             named = set(settings.checks) if settings else set()

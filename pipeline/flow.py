@@ -17,6 +17,7 @@ from stages.difficulty.stage import DifficultyStage
 from stages.embedding.stage import EmbeddingStage
 from stages.emission.stage import EmissionStage
 from stages.errors import ConfigError
+from stages.explanation.stage import ExplanationStage
 from stages.features.stage import FeaturesStage
 from stages.ingest.settings import ContaminationSettings
 from stages.mixture.stage import MixtureStage, Supply
@@ -62,6 +63,7 @@ ORDER = (
     "baseline_targets",
     "baselines",
     "selection",
+    "explanation",
     "mixture",
     "emission",
 )
@@ -147,6 +149,10 @@ def flow_of(config: Config) -> Flow:
             config.features, config.dictionary, models, config.seed
         )
         rows["features"] = FeaturesStage(config.features, config.dictionary, models)
+        if config.explanation:
+            fits["explanation"] = ExplanationStage(
+                config.explanation, config.features, config.dictionary, models, config.seed
+            )
     if config.embedding:
         rows["embedding"] = EmbeddingStage(config.embedding, models)
     if config.baselines:
