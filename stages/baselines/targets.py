@@ -25,6 +25,7 @@ class BaselineTargetsStage:
 
     name = "baseline_targets"
     version = 1
+    on_targets = True
 
     def __init__(self, readers: Readers) -> None:
         """Keep how rows are read."""

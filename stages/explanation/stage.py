@@ -26,6 +26,7 @@ class ExplanationStage:
 
     name = "explanation"
     version = 1
+    on_targets = False
 
     def __init__(
         self,
