@@ -121,6 +121,7 @@ class Recipe(BaseModel):
     embedding: EmbeddingSettings | None = None
     baselines: BaselinesSettings | None = None
     selection: SelectionSettings = SelectionSettings()
+    explanation: ExplanationSettings | None = None
     mixture: MixtureSettings | None = None
     emission: EmissionSettings = EmissionSettings()
 
