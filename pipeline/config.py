@@ -25,6 +25,7 @@ from stages.emission.settings import EmissionSettings
 from stages.engines.local import CALLS_IN_FLIGHT
 from stages.engines.settings import ModelSettings
 from stages.errors import ConfigError
+from stages.explanation.settings import ExplanationSettings
 from stages.features.settings import FeaturesSettings
 from stages.ingest.settings import ContaminationSettings, IngestSettings
 from stages.licenses import WRITERS, LicensePolicy
