@@ -38,6 +38,7 @@ def test_shared_activation_is_each_latents_part_of_the_sum_of_minima() -> None:
 
 @pytest.fixture
 def run(recipe: Any, execute: Any) -> Any:
+    del recipe.value["reflection"]
     recipe.value["features"] = {"active_above": 0.0, "max_frequency": 0.25}
     recipe.value["selection"] = {"method": "mixed", "score": "similarity", "rows": 6}
     recipe.value["explanation"] = {"rows": 4, "latents": 3}
