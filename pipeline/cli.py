@@ -129,6 +129,32 @@ def why(
 
 
 @app.command()
+def explain(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")],
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="ID|LATENT", help="A row's id, or its first digits; or the number of a latent."
+        ),
+    ],
+    rows: Annotated[
+        int, typer.Option(min=1, help="Rows to read again in search of a latent.")
+    ] = 100,
+    debug: Debug = False,
+) -> None:
+    """Tell what made a row similar to the targets, or where a latent is active."""
+
+    def show() -> None:
+        from pipeline.explain import explanation
+
+        _quieten()
+        text = explanation(run, what, rows)
+        console().print(text, highlight=False, markup=False, soft_wrap=True)
+
+    _guarded(show, debug)
+
+
+@app.command()
 def prompts() -> None:
     """Print what reflection asks its teacher: a file to copy, change and name in a recipe."""
     from stages.reflection.prompts import default_prompts_file

@@ -9,11 +9,15 @@ from pipeline.config import Config
 from stages.allocation.rollouts import RolloutsStage
 from stages.allocation.stage import AllocationStage
 from stages.base import FitStage, RowStage, SetStage
+from stages.baselines.readers import Readers
+from stages.baselines.stage import BaselinesStage
+from stages.baselines.targets import BaselineTargetsStage
 from stages.dictionary.stage import DictionaryStage
 from stages.difficulty.stage import DifficultyStage
 from stages.embedding.stage import EmbeddingStage
 from stages.emission.stage import EmissionStage
 from stages.errors import ConfigError
+from stages.explanation.stage import ExplanationStage
 from stages.features.stage import FeaturesStage
 from stages.ingest.settings import ContaminationSettings
 from stages.mixture.stage import MixtureStage, Supply
@@ -39,6 +43,7 @@ ROW_STAGES = (
     "prefixes",
     "features",
     "embedding",
+    "baselines",
 )
 ORDER = (
     "ingest",
@@ -55,7 +60,10 @@ ORDER = (
     "prototypes",
     "features",
     "embedding",
+    "baseline_targets",
+    "baselines",
     "selection",
+    "explanation",
     "mixture",
     "emission",
 )
@@ -141,8 +149,17 @@ def flow_of(config: Config) -> Flow:
             config.features, config.dictionary, models, config.seed
         )
         rows["features"] = FeaturesStage(config.features, config.dictionary, models)
+        if config.explanation:
+            fits["explanation"] = ExplanationStage(
+                config.explanation, config.features, config.dictionary, models, config.seed
+            )
     if config.embedding:
         rows["embedding"] = EmbeddingStage(config.embedding, models)
+    if config.baselines:
+        readers = Readers(config.baselines, config.embedding, models, config.seed)
+        if config.baselines.to_targets:
+            fits["baseline_targets"] = BaselineTargetsStage(readers)
+        rows["baselines"] = BaselinesStage(config.baselines, readers, config.seed)
     present = [*ROWS.names, *(n for stage in rows.values() for n in stage.columns().adds.names)]
     flow = Flow(rows, fits, _set_stages(config, tuple(present)))
     _check_endpoints({**rows, **fits})

@@ -188,7 +188,7 @@ class Run:
         if read_identity(self.store, name) != self.identities[name]:
             return False
         if name in self.flow.fits and not self._refits(name):
-            kept = ("targets", *self.flow.fits[name].artifacts())
+            kept = {"targets", *self.flow.fits[name].artifacts()} & set(inputs)
             return all(manifest["inputs"].get(key) == inputs.get(key) for key in kept)
         return bool(manifest["inputs"] == dict(inputs))
 
@@ -216,6 +216,8 @@ class Run:
             if earlier == "ingest":
                 split = manifest["report"]["digests"]
                 found |= {"rows": split["rows"], "targets": split["targets"]}
+                if name in self.flow.fits and not self.flow.fits[name].on_targets:
+                    del found["targets"]
                 if beside := self._beside_digests(name):
                     found["beside"] = beside
                 if name in self.flow.rows and UNSEEN in self.flow.rows[name].artifacts():

@@ -15,6 +15,7 @@ from stages.storage import Store
 
 _LONGEST = 400
 _MOST = 10
+_LISTED = 40
 
 
 def story(url: str, row: str) -> str:
@@ -28,7 +29,7 @@ def story(url: str, row: str) -> str:
         ConfigError: no run is there, or the id fits no row or several.
     """
     run = opened_run(url)
-    found = _found(run, row)
+    found = found_row(run, row)
     if found is None:
         return "\n".join(_rejected(run, row))
     part, place, record = found
@@ -50,7 +51,7 @@ def story(url: str, row: str) -> str:
     return "\n".join(lines)
 
 
-def _found(run: Store, row: str) -> tuple[str, int, dict[str, Any]] | None:
+def found_row(run: Store, row: str) -> tuple[str, int, dict[str, Any]] | None:
     """Shard, place and record of the row whose id begins so; None where no row's does."""
     hits: list[tuple[str, int, str]] = []
     for part in parts(run, "ingest"):
@@ -82,7 +83,7 @@ def _rejected(run: Store, row: str) -> list[str]:
         lines += [f"source    {_origin(hit)}", f"ingest    rejected: {hit['reason']}"]
         if hit["overlap"] is not None:
             lines.append(f"          they share: {_shown(hit['overlap'])}")
-    kept = _found(run, hits[0]["kept"]) if hits[0]["kept"] is not None else None
+    kept = found_row(run, hits[0]["kept"]) if hits[0]["kept"] is not None else None
     if kept is not None:
         lines.append(f"kept      {kept[2]['id']}: {_origin(kept[2])}")
         lines += _turns("", kept[2]["messages"])
@@ -129,7 +130,8 @@ def _values(stage: str, values: Mapping[str, Any]) -> str:
     for name, value in values.items():
         if name in ("id", f"{stage}_status", "messages_reflected", "embedding") or value is None:
             continue
-        shown.append(f"{name} {_number(value)}")
+        long = isinstance(value, list) and len(value) > _LISTED
+        shown.append(f"{name} {f'{len(value)} values' if long else _number(value)}")
     return ", ".join(shown)
 
 

@@ -13,7 +13,9 @@ dictionary  a sparse autoencoder of the student's residual stream, trained here 
 prototypes  what the targets activate
 features    similarity of each row to the targets by what both activate
 embedding   a sentence vector of each row
+baselines   random, longest, and four similarities to the targets, to compare with
 selection   keep or drop, with a reason
+explanation what made selected rows similar, for the report
 mixture     weights of sources by optimal transport, with a certificate
 emission    quotas → shards, card, report, lineage
 

@@ -200,6 +200,11 @@ class FitStage(Protocol):
         """Its section of the recipe."""
         ...
 
+    @property
+    def on_targets(self) -> bool:
+        """Whether it reads the rows of targets: other targets then ask for it again."""
+        ...
+
     def columns(self) -> Columns:
         """What it reads (it adds none)."""
         ...
