@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,38 +11,48 @@ import pyarrow.compute as pc
 
 from pipeline.flow import ROW_STAGES, folder_of
 from pipeline.rundir import opened_run, parts, read_manifest
+from stages.emission.diffs import word_diff
 from stages.errors import ConfigError
 from stages.storage import Store
 
 _LONGEST = 400
+_MARKS = {"equal": "{}", "delete": "[-{}-]", "insert": "{{+{}+}}"}
+_OWN = ("id", "key", "messages_reflected", "embedding", "prefix_prompt_ids", "prefix_ids")
+"""Columns that are shown otherwise, or say nothing to a person."""
 
 
-def story(url: str, row: str) -> str:
-    """What happened to a row, as text.
+def story(url: str, row: str, *, full: bool = False) -> str:
+    """What happened to a row, as text: its record, every stage, and where it is now.
 
     Args:
         url: the run directory.
         row: the row's id, or enough of its first digits.
+        full: show whole texts; else long ones are cut.
 
     Raises:
         ConfigError: no run is there, or the id fits no row or several.
     """
     run = opened_run(url)
     part, place, record = _found(run, row)
+    licence = f", licence {record['license']}" if record["license"] else ", no licence stated"
     lines = [
-        f"row       {record['id']}",
-        f"source    {record['source']}: {record['file']}, record {record['record']}",
-        *_turns("text", record["messages"]),
+        _line("row", record["id"]),
+        _line(
+            "source", f"{record['source']}: {record['file']}, record {record['record']}{licence}"
+        ),
+        *_turns("text", record["messages"], full),
     ]
+    if record["answer"] is not None:
+        lines.append(_line("answer", record["answer"]))
     for stage in ROW_STAGES:
         name = f"{folder_of(stage)}/{part}"
         if not run.exists(name):
             continue
         values = run.read_table(name).slice(place, 1).to_pylist()[0]
-        lines.append(f"{stage:<10}{_values(stage, values)}")
+        lines.append(_line(stage, _values(stage, values)))
         if values.get("messages_reflected"):
-            lines += _turns("rewritten", values["messages_reflected"])
-    lines += _decision(run, record["id"])
+            lines += _changes(record["messages"], values["messages_reflected"], full)
+    lines += _decision(run, record)
     return "\n".join(lines)
 
 
@@ -63,19 +74,46 @@ def _found(run: Store, row: str) -> tuple[str, int, dict[str, Any]]:
     return part, place, record
 
 
-def _turns(title: str, messages: list[Mapping[str, Any]]) -> list[str]:
+def _turns(title: str, messages: list[Mapping[str, Any]], full: bool) -> list[str]:
     lines = []
     for number, turn in enumerate(messages):
-        text = turn["content"]
-        shown = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} … ({len(text)} characters)"
-        lines.append(f"{title if number == 0 else '':<10}{turn['role']}: {shown}")
+        shown = _cut(turn["content"], full)
+        lines.append(_line(title if number == 0 else "", f"{turn['role']}: {shown}"))
     return lines
+
+
+def _changes(
+    before: list[Mapping[str, Any]], after: list[Mapping[str, Any]], full: bool
+) -> list[str]:
+    """The turns that were rewritten: whole, and what was [-deleted-] and {+inserted+}."""
+    lines = []
+    for old, new in zip(before, after, strict=True):
+        if old["content"] == new["content"]:
+            continue
+        lines.append(_line("rewritten", f"{new['role']}: {_cut(new['content'], full)}"))
+        changed = "".join(
+            _MARKS[piece.kind].format(piece.text)
+            for piece in word_diff(old["content"], new["content"])
+        )
+        lines.append(_line("changes", f"{new['role']}: {_cut(changed, full)}"))
+    return lines
+
+
+def _line(title: str, text: str) -> str:
+    """A line of the story; further lines of its text stand under its first."""
+    return f"{title:<12}" + text.replace("\n", "\n" + " " * 12)
+
+
+def _cut(text: str, full: bool) -> str:
+    if full or len(text) <= _LONGEST:
+        return text
+    return f"{text[:_LONGEST]} … ({len(text)} characters)"
 
 
 def _values(stage: str, values: Mapping[str, Any]) -> str:
     shown = [str(values[f"{stage}_status"])]
     for name, value in values.items():
-        if name in ("id", f"{stage}_status", "messages_reflected", "embedding") or value is None:
+        if name in (*_OWN, f"{stage}_status") or value is None:
             continue
         shown.append(f"{name} {_number(value)}")
     return ", ".join(shown)
@@ -89,27 +127,61 @@ def _number(value: Any) -> str:
     return str(value)
 
 
-def _decision(run: Store, row: str) -> list[str]:
-    lines = []
-    if read_manifest(run, "selection") is not None:
-        decision = _only(run.read_table("selection/decisions.parquet"), row)
-        if decision:
-            verdict = "kept" if decision["keep"] else "dropped"
-            score = decision["score"]
-            ranked = "" if score is None else f" (score {score:.4g})"
-            lines.append(f"selection {verdict}: {decision['reason']}{ranked}")
-            if decision["keep"] and read_manifest(run, "emission") is not None:
-                lines.append(f"emission  {_emitted(run, row)}")
-    return lines
+def _decision(run: Store, record: Mapping[str, Any]) -> list[str]:
+    """What selection, mixture and emission made of a row."""
+    if read_manifest(run, "selection") is None:
+        return [_line("selection", "not done yet")]
+    row, source = record["id"], record["source"]
+    decision = _only(run.read_table("selection/decisions.parquet"), row)
+    if decision is None:
+        return [_line("selection", "made before this row was ingested; run again")]
+    ranked = "" if decision["score"] is None else f" (score {decision['score']:.4g})"
+    verdict = "kept" if decision["keep"] else "dropped"
+    lines = [_line("selection", f"{verdict}: {decision['reason']}{ranked}")]
+    other = re.search(r"\b[0-9a-f]{32}\b", decision["reason"])
+    if other and other.group() != row:
+        lines += _other(run, other.group())
+    if not decision["keep"]:
+        return lines
+    mixture = read_manifest(run, "mixture")
+    if mixture is not None:
+        weight = mixture["report"]["weights"].get(source, 0.0)
+        lines.append(_line("mixture", f"{source} has the weight {weight:.4f}"))
+    emission = read_manifest(run, "emission")
+    if emission is None:
+        return [*lines, _line("emission", "not done yet")]
+    return [*lines, *_emitted(run, emission, row, source)]
 
 
-def _emitted(run: Store, row: str) -> str:
-    manifest = read_manifest(run, "emission") or {}
-    tables = [f["path"] for f in manifest["files"] if f["path"].startswith("emitted")]
-    found = [r for name in tables for r in _all(run.read_table(f"dataset/{name}"), row)]
+def _other(run: Store, row: str) -> list[str]:
+    """The row that another one's reason names."""
+    _, _, record = _found(run, row)
+    asked = next((t["content"] for t in reversed(record["messages"]) if t["role"] == "user"), "")
+    return [_line("", f"that row is of {record['source']}: {_cut(asked, False)}")]
+
+
+def _emitted(run: Store, manifest: Mapping[str, Any], row: str, source: str) -> list[str]:
+    paths = [file["path"] for file in manifest["files"]]
+    found = _all(run.read_table("dataset/emitted.parquet"), row)
     if not found:
-        return "not drawn: its source's quota was filled by other rows"
-    return "; ".join(f"{r['shard']}, line {r['position']}" for r in found)
+        facts = manifest["report"]["sources"][source]
+        unit = manifest["report"]["unit"]
+        said = (
+            f"not drawn: {source} gives {facts['quota']:,} {unit} of {facts['available']:,}, and "
+            "others were taken"
+        )
+        return [_line("emission", said)]
+    lines = []
+    for place in found:
+        split = place["shard"].rpartition("/")[2].partition("-")[0]
+        lines.append(_line("emission", f"{split}: {place['shard']}, line {place['position']}"))
+    for path in paths:
+        if path.startswith("prefix/"):
+            ids = run.read_table(f"dataset/{path}", ["id"])["id"].to_pylist()
+            lines += [
+                _line("prefix", f"{path}, line {i}") for i, name in enumerate(ids) if name == row
+            ]
+    return lines
 
 
 def _only(table: pa.Table, row: str) -> dict[str, Any] | None:
