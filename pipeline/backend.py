@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from pipeline.config import Placement
 from pipeline.rundir import RunColumns
 from pipeline.shard import ShardReport, ShardTask, compute_shard
 from stages.base import Artifact, EngineSpec, FitStage
-from stages.engines.local import LocalHandle, make_engine
+from stages.engines.local import handle_of, make_engine
 from stages.engines.settings import ModelSettings
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -40,19 +43,23 @@ class Backend(Protocol):
         """Fit an artifact with the open engines."""
         ...
 
+    def map(self, fn: Callable[[T], R], tasks: Iterable[T], /) -> Iterable[R]:
+        """Answers of a function for tasks that need no engine, in order."""
+        ...
+
     async def close(self) -> None:
         """Close every engine, and what this backend itself started."""
         ...
 
 
 class LocalBackend:
-    """Everything in this process, one engine call at a time."""
+    """Everything in this process; an engine takes one call at a time, vLLM several."""
 
     def __init__(self, make: Callable[[str, ModelSettings], Any] = make_engine) -> None:
         """Keep how engines are made."""
         self._make = make
         self._engines: dict[tuple[str, str], Any] = {}
-        self._roles: dict[str, LocalHandle] = {}
+        self._roles: dict[str, Any] = {}
 
     async def open(
         self, engines: Mapping[str, EngineSpec], placements: Mapping[str, Placement]
@@ -64,10 +71,16 @@ class LocalBackend:
         for key, spec in wanted.items():
             if key not in self._engines:
                 self._engines[key] = self._make(spec.kind, spec.settings)
-        self._roles = {
-            role: LocalHandle(self._engines[spec.kind, spec.model])
-            for role, spec in engines.items()
+        # One handle an engine, also where two roles share it: a handle is what bounds its calls.
+        handles = {
+            key: handle_of(
+                self._engines[key],
+                spec.settings,
+                placements.get(spec.model, Placement()).chunks_in_flight,
+            )
+            for key, spec in wanted.items()
         }
+        self._roles = {role: handles[spec.kind, spec.model] for role, spec in engines.items()}
 
     async def shard(self, task: ShardTask) -> ShardReport:
         """Compute and commit one shard."""
@@ -76,6 +89,10 @@ class LocalBackend:
     async def fit(self, task: FitTask) -> Artifact:
         """Fit an artifact."""
         return await task.stage.fit(task.columns, task.targets, self._roles)
+
+    def map(self, fn: Callable[[T], R], tasks: Iterable[T], /) -> Iterable[R]:
+        """Answers in order, one task after another."""
+        return map(fn, tasks)
 
     async def close(self) -> None:
         """Close every engine."""

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from pipeline.analyse.cli import analyse
 from pipeline.synthesize.cli import synthesize
+from pipeline.train_sae.cli import train_sae
 from stages.errors import ConfigError, RunBusy, TamisError
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 app.add_typer(analyse, name="analyse")
 app.add_typer(synthesize, name="synthesize")
+app.command(name="train-sae")(train_sae)
 
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Sets = Annotated[
@@ -125,6 +127,14 @@ def why(
         console().print(story(run, row, full=full), highlight=False, markup=False, soft_wrap=True)
 
     _guarded(show, debug)
+
+
+@app.command()
+def prompts() -> None:
+    """Print what reflection asks its teacher: a file to copy, change and name in a recipe."""
+    from stages.reflection.prompts import default_prompts_file
+
+    sys.stdout.write(default_prompts_file())
 
 
 @app.command()

@@ -21,10 +21,11 @@ from stages.dictionary.settings import DictionarySettings
 from stages.difficulty.settings import DifficultySettings
 from stages.embedding.settings import EmbeddingSettings
 from stages.emission.settings import EmissionSettings
+from stages.engines.local import CALLS_IN_FLIGHT
 from stages.engines.settings import ModelSettings
 from stages.errors import ConfigError
 from stages.features.settings import FeaturesSettings
-from stages.ingest.settings import IngestSettings
+from stages.ingest.settings import ContaminationSettings, IngestSettings
 from stages.licenses import WRITERS, LicensePolicy
 from stages.mixture.settings import MixtureSettings
 from stages.pass_rate.settings import PassRateSettings
@@ -49,6 +50,12 @@ class Placement(Settings):
         description=(
             "Cores reserved for one replica. Unset on a CPU: engines take the cores in turn."
         ),
+    )
+    chunks_in_flight: int = Field(
+        default=CALLS_IN_FLIGHT,
+        ge=1,
+        description="Chunks of `generation_chunk` prompts that one vLLM replica generates at once, "
+        "over all shards; those are asked again after a kill. Other engines take one at a time.",
     )
 
     @model_validator(mode="after")
@@ -99,6 +106,7 @@ class Recipe(BaseModel):
         default=None, description="Which licences rows may have; others are never emitted."
     )
     ingest: IngestSettings = IngestSettings()
+    contamination: ContaminationSettings = ContaminationSettings()
     difficulty: DifficultySettings | None = None
     thinking: ThinkingSettings | None = None
     pass_rate: PassRateSettings | None = None
@@ -123,13 +131,21 @@ class Recipe(BaseModel):
                 raise ValueError(f"two {kind}s are called {twice[0]}")
         if all(source.role == "anchor" for source in self.sources):
             raise ValueError("every source is an anchor, so nothing could be emitted")
+        near = self.ingest.near_duplicates
+        unknown = sorted(
+            set(near.prefer if near else ()) - {source.name for source in self.sources}
+        )
+        if unknown:
+            raise ValueError(f"ingest.near_duplicates.prefer names {unknown[0]!r}, no source")
         if self.features and not self.dictionary:
             raise ValueError("features needs a dictionary section")
-        if self.pass_rate:
-            unknown = sorted(set(self.pass_rate.checks) - {source.name for source in self.sources})
+        for section in ("pass_rate", "reflection"):
+            settings = getattr(self, section)
+            named = set(settings.checks) if settings else set()
+            unknown = sorted(named - {source.name for source in self.sources})
             if unknown:
                 raise ValueError(
-                    f"pass_rate.checks names the source {unknown[0]!r}; there are "
+                    f"{section}.checks names the source {unknown[0]!r}; there are "
                     f"{', '.join(sorted(source.name for source in self.sources))}"
                 )
         if self.allocation and not self.pass_rate:
@@ -200,6 +216,9 @@ class Config(Recipe):
                 f"execution.engines places {unknown[0]!r}, which `models` doesn't declare "
                 f"(declared: {', '.join(sorted(self.models)) or 'none'})"
             )
+        for name in self.execution.engines:
+            if self.models[name].endpoint is not None:
+                raise ValueError(f"execution.engines places {name!r}, which is behind an endpoint")
         return self
 
     @property
@@ -211,23 +230,26 @@ class Config(Recipe):
     def portable_recipe(self) -> dict[str, Any]:
         """The recipe with files called by their own names: the same wherever a project lies."""
         recipe = self.recipe
-        for item in [*recipe["sources"], *recipe["targets"]]:
+        for item in [*recipe["sources"], *recipe["targets"], *recipe["contamination"]["sets"]]:
             paths = [item["path"]] if isinstance(item["path"], str) else item["path"]
             names = [
                 path if "://" in path else os.path.basename(path.rstrip("/")) for path in paths
             ]
             item["path"] = names[0] if isinstance(item["path"], str) else names
-        for model in recipe["models"].values():
-            if os.path.isabs(model["model"]) or model["model"].startswith("."):
-                model["model"] = os.path.basename(model["model"].rstrip("/"))
+        recipe["models"] = {name: model.portable() for name, model in self.models.items()}
+        if self.reflection and self.reflection.prompts:
+            recipe["reflection"]["prompts"] = os.path.basename(self.reflection.prompts)
+        brought = recipe["dictionary"]
+        if brought and brought["path"] and "://" not in brought["path"]:
+            brought["path"] = os.path.basename(brought["path"].rstrip("/"))
         return recipe
 
 
 def read_config(path: str, overrides: Sequence[str] = ()) -> Config:
     """A recipe file as a checked config.
 
-    Relative paths of sources, targets and models are taken from the recipe file's folder; the run
-    and the cache from the working directory.
+    Relative paths of sources, targets, models and a dictionary are taken from the recipe file's
+    folder; the run and the cache from the working directory.
 
     Args:
         path: a YAML file, by path or fsspec URL.

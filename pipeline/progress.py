@@ -12,7 +12,7 @@ from rich.table import Table
 
 from pipeline.runner import Event
 
-_LINE_EVERY_S = 10.0
+LINE_EVERY_S = 10.0
 
 
 class Lines:
@@ -32,7 +32,7 @@ class Lines:
     def __call__(self, event: Event) -> None:
         """Show one event."""
         now = time.monotonic()
-        if event.kind == "shard" and not self._every_shard and now - self._last < _LINE_EVERY_S:
+        if event.kind == "shard" and not self._every_shard and now - self._last < LINE_EVERY_S:
             return
         self._last = now
         self._console.print(_line(event), highlight=False, soft_wrap=True)
@@ -96,15 +96,15 @@ class LiveTable:
         if event.kind == "kept":
             return "", str(event.rows), "", "", "[green]already there[/]"
         if event.kind == "done":
-            return "", str(event.rows), "", _duration(event.seconds), "[green]done[/]"
+            return "", str(event.rows), "", duration(event.seconds), "[green]done[/]"
         elapsed = time.monotonic() - self._started[stage]
         rows = self._seen.get(stage, 0)
         speed = f"{rows / elapsed:.1f}" if rows and elapsed else ""
         left = ""
         if event.done and event.total > event.done and rows:
-            left = f", about {_duration(elapsed / event.done * (event.total - event.done))} left"
+            left = f", about {duration(elapsed / event.done * (event.total - event.done))} left"
         shards = f"{event.done}/{event.total}" if event.total else ""
-        return shards, str(rows or ""), speed, _duration(elapsed), f"[yellow]running[/]{left}"
+        return shards, str(rows or ""), speed, duration(elapsed), f"[yellow]running[/]{left}"
 
 
 def _line(event: Event) -> str:
@@ -115,10 +115,11 @@ def _line(event: Event) -> str:
         return f"{event.stage}: {event.done}/{event.total} shards ({event.note})"
     if event.kind == "kept":
         return f"{event.stage}: nothing to do"
-    return f"{event.stage}: done, {event.rows} rows in {_duration(event.seconds)}"
+    return f"{event.stage}: done, {event.rows} rows in {duration(event.seconds)}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time span as a person says it."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

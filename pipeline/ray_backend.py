@@ -13,51 +13,89 @@ import contextlib
 import logging
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import (
+    GetTimeoutError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 
 from pipeline.backend import FitTask
 from pipeline.config import Placement
 from pipeline.shard import ShardReport, ShardTask, compute_shard
 from stages.base import Artifact, EngineSpec
-from stages.engines.local import make_engine
+from stages.engines.local import LocalHandle, make_engine, takes_calls_together
 from stages.errors import EngineError, StageError, TamisError
 
 if TYPE_CHECKING:
     from ray.actor import ActorClass
 
-_RESTARTS = 3
+T = TypeVar("T")
+R = TypeVar("R")
 
-Pools = dict[str, list[Any]]
-"""Engine actors by role."""
+_RESTARTS = 3
+_AT_HAND = 2
+"""Calls that an engine which takes one at a time is sent: that one, and the next."""
+
+
+class Pool(NamedTuple):
+    """Engine actors of a role, and how they are asked.
+
+    Attributes:
+        actors: the replicas.
+        calls: how many one replica is sent at once.
+        in_turn: whether a call waits until no other engine takes the cores.
+    """
+
+    actors: list[Any]
+    calls: int
+    in_turn: bool
+
+
+Pools = dict[str, Pool]
+"""By role."""
 
 
 @ray.remote(max_restarts=_RESTARTS, max_task_retries=_RESTARTS)
 class EngineActor:
     """Holds one model."""
 
-    def __init__(self, spec: EngineSpec, tensor_parallel: int) -> None:
+    def __init__(self, spec: EngineSpec, placement: Placement) -> None:
         """Keep what to load: a restarted actor loads it again at its next call."""
         self._spec = spec
-        self._tensor_parallel = tensor_parallel
+        self._placement = placement
+        self._loading = asyncio.Lock()
         self._engine: Any = None
+        self._handle: Any = None
 
-    def load(self) -> int:
+    async def load(self) -> int:
         """Load the model; the process id."""
-        if self._engine is None:
-            self._engine = make_engine(self._spec.kind, self._spec.settings, self._tensor_parallel)
+        async with self._loading:
+            if self._engine is None:
+                self._engine = await asyncio.to_thread(
+                    make_engine,
+                    self._spec.kind,
+                    self._spec.settings,
+                    self._placement.tensor_parallel,
+                )
+                self._handle = LocalHandle(self._engine, self._placement.chunks_in_flight)
         return os.getpid()
 
-    def call(self, method: str, *args: Any) -> Any:
+    async def call(self, method: str, *args: Any) -> Any:
         """Call a method of the engine."""
-        self.load()
-        return getattr(self._engine, method)(*args)
+        await self.load()
+        return await getattr(self._handle, method)(*args)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Release the model and end what it started."""
         if self._engine is not None:
             self._engine.close()
@@ -67,11 +105,12 @@ class EngineActor:
 class PoolHandle:
     """A pool of engine actors behind awaitable methods; calls go to the least busy actor."""
 
-    def __init__(self, actors: list[Any], turn: asyncio.Lock | None) -> None:
-        """Keep the actors, and the lock where engines share the cores."""
-        self._actors = actors
-        self._busy = [0] * len(actors)
-        self._turn = turn
+    def __init__(self, pool: Pool, turn: asyncio.Lock) -> None:
+        """Keep the actors, and the lock of the engines that share the cores."""
+        self._actors = pool.actors
+        self._busy = [0] * len(pool.actors)
+        # A call waits here until an actor has room: sent at once, it would wait at one of them.
+        self._room = turn if pool.in_turn else asyncio.Semaphore(pool.calls * len(pool.actors))
 
     def __getattr__(self, method: str) -> Any:
         """The engines' method."""
@@ -79,9 +118,7 @@ class PoolHandle:
             raise AttributeError(method)
 
         async def call(*args: Any) -> Any:
-            if self._turn is None:
-                return await self._call(method, args)
-            async with self._turn:
+            async with self._room:
                 return await self._call(method, args)
 
         return call
@@ -99,10 +136,16 @@ class PoolHandle:
 class ShardWorker:
     """Reads, computes and commits shards; asks the engine pools for all model work."""
 
-    def __init__(self, in_turn: bool) -> None:
-        """`in_turn`: one engine at a time takes the cores."""
-        self._turn = asyncio.Lock() if in_turn else None
-        self._handles: dict[str, PoolHandle] = {}
+    def __init__(self, endpoints: Mapping[str, EngineSpec]) -> None:
+        """Keep how endpoints are asked.
+
+        Args:
+            endpoints: what is asked over HTTP, by role: with no model to hold, it is asked from
+                here, and its connections end with this process.
+        """
+        self._turn = asyncio.Lock()
+        self._endpoints = endpoints
+        self._handles: dict[str, Any] = {}
 
     async def shard(self, task: ShardTask, pools: Pools) -> ShardReport:
         """Compute and commit one shard."""
@@ -112,11 +155,20 @@ class ShardWorker:
         """Fit an artifact."""
         return await task.stage.fit(task.columns, task.targets, self._of(pools))
 
-    def _of(self, pools: Pools) -> dict[str, PoolHandle]:
+    def _of(self, pools: Pools) -> dict[str, Any]:
         # Pools come with each call, not with the constructor: a restarted worker must find them.
         if not self._handles:
-            self._handles = {role: PoolHandle(found, self._turn) for role, found in pools.items()}
+            models = {spec.model: spec for spec in self._endpoints.values()}
+            asked = {name: make_engine(spec.kind, spec.settings) for name, spec in models.items()}
+            endpoints = {role: asked[spec.model] for role, spec in self._endpoints.items()}
+            placed = {role: PoolHandle(pool, self._turn) for role, pool in pools.items()}
+            self._handles = {**placed, **endpoints}
         return self._handles
+
+
+@ray.remote(max_retries=_RESTARTS, num_cpus=1)
+def _answered(fn: Callable[[Any], Any], task: Any) -> Any:
+    return fn(task)
 
 
 class RayBackend:
@@ -144,7 +196,9 @@ class RayBackend:
         Raises:
             EngineError: the cluster can't place a pool in time, or a model can't be loaded.
         """
-        wanted = {(spec.kind, spec.model): spec for spec in engines.values()}
+        endpoints = {role: spec for role, spec in engines.items() if spec.settings.endpoint}
+        placed = {role: spec for role, spec in engines.items() if role not in endpoints}
+        wanted = {(spec.kind, spec.model): spec for spec in placed.values()}
         for key in [key for key in self._pools if key not in wanted]:
             self._close_pool(key)
         for key, spec in wanted.items():
@@ -152,14 +206,10 @@ class RayBackend:
                 await self._open_pool(key, spec, placements.get(spec.model, Placement()))
         if self._worker is not None:
             ray.kill(self._worker)
-        self._roles = {role: self._pools[spec.kind, spec.model] for role, spec in engines.items()}
-        in_turn = all(
-            placements.get(spec.model, Placement()).gpus == 0
-            and placements.get(spec.model, Placement()).cpus is None
-            for spec in engines.values()
-        )
+        self._roles = self._pools_of(placed, placements)
         worker_class = cast("ActorClass[ShardWorker]", ShardWorker)
-        self._worker = worker_class.options(max_concurrency=max(2, self._in_flight)).remote(in_turn)
+        concurrency = max(2, self._in_flight)
+        self._worker = worker_class.options(max_concurrency=concurrency).remote(endpoints)
 
     async def shard(self, task: ShardTask) -> ShardReport:
         """Compute and commit one shard."""
@@ -171,6 +221,24 @@ class RayBackend:
         reference = self._worker.fit.remote(task, self._roles)
         return cast(Artifact, await self._answer(reference, task.stage.name))
 
+    def map(self, fn: Callable[[T], R], tasks: Iterable[T], /) -> Iterator[R]:
+        """Answers in order; as many tasks are under way as the cluster has cores.
+
+        Raises:
+            StageError: a task failed, or its worker died again and again.
+        """
+        cores = cast(Callable[[], dict[str, float]], ray.cluster_resources)().get("CPU", 1)
+        shared = ray.put(cast(Callable[[Any], Any], fn))
+        rest = iter(tasks)
+        waiting = deque(_answered.remote(shared, task) for task in islice(rest, int(cores)))
+        while waiting:
+            try:
+                answer: R = ray.get(waiting.popleft())
+            except (RayTaskError, WorkerCrashedError, OutOfMemoryError) as error:
+                raise _failure(error, "a task over shards") from error
+            waiting.extend(_answered.remote(shared, task) for task in islice(rest, 1))
+            yield answer
+
     async def close(self) -> None:
         """Close the pools; shut down the cluster where this backend started it."""
         for key in list(self._pools):
@@ -179,6 +247,21 @@ class RayBackend:
             ray.kill(self._worker)
         if self._started:
             ray.shutdown()
+
+    def _pools_of(
+        self, engines: Mapping[str, EngineSpec], placements: Mapping[str, Placement]
+    ) -> Pools:
+        placed = {spec.model: placements.get(spec.model, Placement()) for spec in engines.values()}
+        share_cores = all(place.gpus == 0 and place.cpus is None for place in placed.values())
+        pools = {}
+        for role, spec in engines.items():
+            together = takes_calls_together(spec.kind, spec.settings)
+            pools[role] = Pool(
+                self._pools[spec.kind, spec.model],
+                calls=placed[spec.model].chunks_in_flight if together else _AT_HAND,
+                in_turn=share_cores and not together,
+            )
+        return pools
 
     def _connect(self) -> None:
         if ray.is_initialized():
@@ -203,17 +286,8 @@ class RayBackend:
     async def _answer(self, reference: Any, stage: str) -> Any:
         try:
             return await reference
-        except RayTaskError as error:
-            cause = error.cause
-            if isinstance(cause, TamisError):
-                raise cause from error
-            raise StageError(f"stage {stage} failed in a worker: {error}", stage=stage) from error
-        except RayActorError as error:
-            raise StageError(
-                f"stage {stage}: a worker or engine died {_RESTARTS + 1} times; the last time: "
-                f"{error}; most often it ran out of memory: lower batch_tokens or the replicas",
-                stage=stage,
-            ) from error
+        except (RayTaskError, RayActorError) as error:
+            raise _failure(error, f"stage {stage}", stage) from error
 
     async def _open_pool(
         self, key: tuple[str, str], spec: EngineSpec, placement: Placement
@@ -222,9 +296,7 @@ class RayBackend:
         actor_class = cast("ActorClass[EngineActor]", EngineActor).options(
             num_cpus=placement.cpus or 0, num_gpus=placement.gpus
         )
-        actors: list[Any] = [
-            actor_class.remote(spec, placement.tensor_parallel) for _ in range(placement.replicas)
-        ]
+        actors: list[Any] = [actor_class.remote(spec, placement) for _ in range(placement.replicas)]
         self._pools[key] = actors
         ready = [actor.__ray_ready__.remote() for actor in actors]
         done, waiting = await asyncio.to_thread(
@@ -261,6 +333,19 @@ class RayBackend:
             with contextlib.suppress(RayActorError, RayTaskError, GetTimeoutError):
                 ray.get(actor.close.remote(), timeout=30)
             ray.kill(actor)
+
+
+def _failure(error: RayError, what: str, stage: str | None = None) -> TamisError:
+    """The error that a worker raised, or one that says that it died."""
+    if isinstance(error, RayTaskError):
+        if isinstance(error.cause, TamisError):
+            return error.cause
+        return StageError(f"{what} failed in a worker: {error}", stage=stage)
+    return StageError(
+        f"{what}: a worker or engine died {_RESTARTS + 1} times; the last time: {error}; most "
+        "often it ran out of memory: lower batch_tokens or the replicas",
+        stage=stage,
+    )
 
 
 def _have_token() -> None:

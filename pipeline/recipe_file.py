@@ -65,20 +65,31 @@ def _override(raw: dict[str, Any], text: str) -> None:
 
 
 def resolve_paths(raw: dict[str, Any], path: str) -> None:
-    """Put environment variables, and the recipe file's folder, into the fields that are paths."""
+    """Put environment variables, and the recipe file's folder, into paths and addresses."""
     folder = path.rpartition("/")[0] if "://" in path else os.path.dirname(path)
-    for section in ("sources", "targets"):
-        for item in raw.get(section) or []:
+    contamination = raw.get("contamination")
+    sets = contamination.get("sets") if isinstance(contamination, dict) else None
+    for items in (raw.get("sources"), raw.get("targets"), sets):
+        for item in items or []:
             if isinstance(item, dict) and isinstance(item.get("path"), str):
                 item["path"] = _located(_expanded(item["path"]), folder)
             elif isinstance(item, dict) and isinstance(item.get("path"), list):
                 item["path"] = [_located(_expanded(str(one)), folder) for one in item["path"]]
     models = raw.get("models")
     for model in models.values() if isinstance(models, dict) else ():
-        if isinstance(model, dict) and isinstance(model.get("model"), str):
+        if isinstance(model, dict) and isinstance(endpoint := model.get("endpoint"), dict):
+            if isinstance(endpoint.get("base_url"), str):
+                endpoint["base_url"] = _expanded(endpoint["base_url"])
+        elif isinstance(model, dict) and isinstance(model.get("model"), str):
             reference = _expanded(model["model"])
             local = reference.startswith((".", "~")) or reference.endswith(".gguf")
             model["model"] = _located(reference, folder) if local else reference
+    reflection = raw.get("reflection")
+    if isinstance(reflection, dict) and isinstance(reflection.get("prompts"), str):
+        reflection["prompts"] = _located(_expanded(reflection["prompts"]), folder)
+    dictionary = raw.get("dictionary")
+    if isinstance(dictionary, dict) and isinstance(dictionary.get("path"), str):
+        dictionary["path"] = _located(_expanded(dictionary["path"]), folder)
     execution = raw.get("execution")
     for key in ("run", "cache"):
         if isinstance(execution, dict) and isinstance(execution.get(key), str):
@@ -100,6 +111,11 @@ def _located(path: str, folder: str) -> str:
         return path
     path = os.path.expanduser(path)
     return path if os.path.isabs(path) else os.path.normpath(os.path.join(folder, path))
+
+
+def own_name(path: str) -> str:
+    """What a path is called wherever a project lies; a URL's name is the whole of it."""
+    return path if "://" in path else os.path.basename(path.rstrip("/"))
 
 
 def explained(error: ValidationError, path: str, root: type[BaseModel]) -> str:

@@ -28,11 +28,13 @@ from pipeline.rundir import (
     start_stage,
 )
 from pipeline.shard import BESIDE, ShardReport, ShardTask, is_committed
-from stages.base import Checked, RowStage
+from stages.base import TARGETS, Checked, RowStage, in_turn
+from stages.engines.chat_cache import Spent
 from stages.errors import ConfigError, StageError
-from stages.ingest import content_of, ingest
+from stages.ingest import SCRATCH, content_of, ingest
 from stages.rows import NOT_REQUESTED, OK, key_hash
 from stages.rules import rule_columns, rule_mask
+from stages.sources.settings import Source
 from stages.storage import Store, parquet_bytes
 
 
@@ -74,10 +76,23 @@ class Run:
             raise ConfigError(
                 f"--restart-from {self.restart_from}: the stages are {', '.join(self.flow.names)}"
             )
-        for stage in self.flow.rows.values():
+        for stage in (*self.flow.rows.values(), *self.flow.fits.values()):
             if isinstance(stage, Checked):
                 stage.check()
+        self._check_keys()
         self.identities = stage_identities(self.config, self.flow)
+
+    def _check_keys(self) -> None:
+        """See that the keys are there of all endpoints that are still to be asked.
+
+        Raises:
+            ConfigError: an environment variable isn't set.
+        """
+        for name, stage in self.flow.rows.items():
+            if name == self.restart_from or read_manifest(self.store, name) is None:
+                for spec in stage.engines().values():
+                    if spec.settings.endpoint is not None:
+                        spec.settings.endpoint.api_key()
 
     def execute(self, only: str | None = None) -> None:
         """Run all stages, or one whose predecessors are complete.
@@ -183,8 +198,16 @@ class Run:
     def _inputs(self, name: str) -> dict[str, Any]:
         """Digests of what a stage reads; for ingest, the content of the sources."""
         if name == "ingest":
-            content = content_of([*self.config.sources, *self.config.targets])
-            return {source: [list(pair) for pair in pairs] for source, pairs in content.items()}
+            read: dict[str, Sequence[Source]] = {
+                "source": self.config.sources,
+                "target": self.config.targets,
+                "evaluation set": self.config.contamination.sets,
+            }
+            return {
+                f"{kind} {name}": [list(pair) for pair in pairs]
+                for kind, sources in read.items()
+                for name, pairs in content_of(sources).items()
+            }
         found: dict[str, Any] = {}
         for earlier in self._reads(name):
             manifest = read_manifest(self.store, earlier)
@@ -211,15 +234,18 @@ class Run:
         self.listener(Event("ingest", "start"))
         started = time.monotonic()
         folder = self.store.child("ingest")
-        for old in ("rejects", "targets", *parts(self.store, "ingest")):
+        for old in ("rejects", "targets", SCRATCH, *parts(self.store, "ingest")):
             folder.remove(old)
         mark = fingerprint(self.identities["ingest"])
+        searches = self.config.ingest.near_duplicates is not None
         report = ingest(
             self.config.sources,
             self.config.targets,
             self.config.ingest,
             folder,
+            contamination=self.config.contamination,
             metadata={"stage": "ingest", "fingerprint": mark},
+            each=self._made_backend().map if searches else in_turn,
         )
         found = [*parts(self.store, "ingest")]
         targets = [f"targets/{part}" for part in parts(self.store, "ingest/targets")]
@@ -290,13 +316,15 @@ class Run:
         files = [f"targets/{t.part}" if t.targets else t.part for t in tasks]
         tables = {file: folder.read_table(file, [f"{name}_status"]) for file in files}
         statuses: Counter[str] = Counter()
+        examples: dict[str, str] = {}
         for file, table in tables.items():
             if not file.startswith("targets/"):
-                statuses.update(
-                    s if s in (OK, NOT_REQUESTED) else ": ".join(s.split(": ")[:2])
-                    for s in table[f"{name}_status"].to_pylist()
-                )
-        self._check_failures(name, statuses)
+                for status in table[f"{name}_status"].to_pylist():
+                    known = status in (OK, NOT_REQUESTED)
+                    code = status if known else ": ".join(status.split(": ")[:2])
+                    statuses[code] += 1
+                    examples.setdefault(code, status)
+        self._check_failures(name, statuses, examples)
         rows = sum(statuses.values())
         finish_stage(
             self.store,
@@ -312,6 +340,7 @@ class Run:
             rows_reused=sum(report.reused for report in reports),
             shards_computed=len(pending),
             models={role: spec.settings.model for role, spec in stage.engines().items()},
+            **_endpoints(stage, reports),
             numerics={r: m["numerics"] for r, m in self.identities[name]["models"].items()},
         )
         return rows
@@ -335,7 +364,7 @@ class Run:
             seed=self.config.seed,
             targets=targets,
             limit_key=None if targets else limit_key,
-            artifacts={name: self.store.child(folder_of(name)).url for name in stage.artifacts()},
+            artifacts={name: self._artifact(name).url for name in stage.artifacts()},
             cache=self.config.execution.cache,
             generation={
                 role: generation_identity(spec, self.config)
@@ -365,12 +394,18 @@ class Run:
             for part in parts(self.store, "ingest")
         }
 
+    def _artifact(self, name: str) -> Store:
+        return self.store.child("ingest/targets" if name == TARGETS else folder_of(name))
+
     def _fitted_digest(self, name: str) -> str:
         """The content of the artifacts that a row stage reads, "" without one."""
         digests = [
             str((read_manifest(self.store, fit) or {})["digest"])
             for fit in self.identities[name]["artifacts"]
         ]
+        if TARGETS in self.flow.rows[name].artifacts():
+            ingested = read_manifest(self.store, "ingest") or {}
+            digests.append(str(ingested["report"]["digests"]["targets"]))
         return ":".join(digests)
 
     def _limit_key(
@@ -462,7 +497,9 @@ class Run:
             raise failures.exceptions[0] from None
         return reports
 
-    def _check_failures(self, name: str, statuses: Mapping[str, int]) -> None:
+    def _check_failures(
+        self, name: str, statuses: Mapping[str, int], examples: Mapping[str, str]
+    ) -> None:
         failed = {status: n for status, n in statuses.items() if status.startswith("failed")}
         asked = sum(n for status, n in statuses.items() if status != NOT_REQUESTED)
         allowed = self.config.max_failed_share
@@ -470,9 +507,10 @@ class Run:
             raise StageError(f"{name}: no row was asked for; loosen its where or limit", stage=name)
         if sum(failed.values()) > allowed * asked:
             counted = ", ".join(f"{n} × {status}" for status, n in sorted(failed.items()))
+            example = examples[max(failed, key=lambda status: failed[status])]
             raise StageError(
                 f"{name}: {sum(failed.values())} of {asked} rows failed ({counted}), more than "
-                f"max_failed_share {allowed:g}; mend the rows, or raise it",
+                f"max_failed_share {allowed:g}; for example {example}; mend the rows, or raise it",
                 stage=name,
             )
 
@@ -541,11 +579,15 @@ class Run:
         rows = sum(folder.read_table(part, ["id"]).num_rows for part in found)
         return RunColumns(self.store, found, self.flow.home_of(name), rows, targets=True)
 
-    async def _open(self, stage: Any) -> Backend:
+    def _made_backend(self) -> Backend:
         if self.backend is None:
             self.backend = make_backend(self.config)
-        await self.backend.open(stage.engines(), self.config.execution.engines)
         return self.backend
+
+    async def _open(self, stage: Any) -> Backend:
+        backend = self._made_backend()
+        await backend.open(stage.engines(), self.config.execution.engines)
+        return backend
 
 
 def make_backend(config: Config) -> Backend:
@@ -555,6 +597,19 @@ def make_backend(config: Config) -> Backend:
     from pipeline.ray_backend import RayBackend
 
     return RayBackend(config.execution.place_timeout_s, config.execution.shards_in_flight)
+
+
+def _endpoints(stage: RowStage, reports: Sequence[ShardReport]) -> dict[str, Any]:
+    """What this execution spent on endpoints, by role, for the manifest."""
+    spent: dict[str, dict[str, Any]] = {}
+    for role, spec in stage.engines().items():
+        if spec.settings.endpoint is not None:
+            total = Spent()
+            for report in reports:
+                total = total.plus(report.spent.get(role, Spent()))
+            cost = spec.settings.endpoint.cost(total.prompt_tokens, total.generated_tokens)
+            spent[role] = {**total._asdict(), **({} if cost is None else {"cost": cost})}
+    return {"endpoints": spent} if spent else {}
 
 
 def _joined(digests: Any) -> str:

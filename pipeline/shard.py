@@ -17,6 +17,8 @@ import pyarrow.compute as pc
 from pipeline.flow import folder_of
 from pipeline.rundir import ids_digest, read_columns
 from stages.base import RowStage, checked_columns
+from stages.engines.chat import UNANSWERED
+from stages.engines.chat_cache import CachedChat, Spent
 from stages.engines.generation_cache import CachedGenerator
 from stages.rows import NOT_REQUESTED, canonical_json, key_hash, row_id
 from stages.rules import rule_columns, rule_mask
@@ -76,6 +78,7 @@ class ShardReport:
     reused: int
     statuses: Mapping[str, int]
     seconds: float
+    spent: Mapping[str, Spent] = field(default_factory=dict)
 
 
 def is_committed(task: ShardTask, rows: str) -> bool:
@@ -114,6 +117,7 @@ async def compute_shard(task: ShardTask, handles: Mapping[str, Any]) -> ShardRep
     to_compute = [i for i, wanted in enumerate(requested) if wanted and keys[i] not in known]
     adds = stage.columns().adds
     pieces: list[pa.Table] = []
+    engines: dict[str, Any] = {}
     if to_compute:
         engines = {role: _cached(task, role, handle) for role, handle in handles.items()}
         artifacts = {name: Store(url) for name, url in task.artifacts.items()}
@@ -129,10 +133,19 @@ async def compute_shard(task: ShardTask, handles: Mapping[str, Any]) -> ShardRep
     table = table.add_column(1, KEY, pa.array(keys, pa.string()))
     # Encoded anew, so that a shard's bytes don't tell which rows were reused.
     table = _plain_dictionaries(table)
-    run.write_table(f"{task.folder}/{task.part}", table, task.footer(ids_digest(rows["id"])))
+    footer = task.footer(ids_digest(rows["id"])) | _unanswered_note(stage, table)
+    run.write_table(f"{task.folder}/{task.part}", table, footer)
     statuses = Counter(_code(status) for status in table[f"{stage.name}_status"].to_pylist())
     seconds = time.monotonic() - started
-    return ShardReport(task.part, len(ids), len(to_compute), len(reused), dict(statuses), seconds)
+    return ShardReport(
+        part=task.part,
+        rows=len(ids),
+        computed=len(to_compute),
+        reused=len(reused),
+        statuses=dict(statuses),
+        seconds=seconds,
+        spent={role: one.spent for role, one in engines.items() if isinstance(one, CachedChat)},
+    )
 
 
 def _requested(task: ShardTask, rows: pa.Table, where: str | None) -> list[bool]:
@@ -170,8 +183,12 @@ def _known(task: ShardTask, keys: list[str], requested: list[bool]) -> dict[str,
         folder, _, name = url.rpartition("/")
         table = Store(folder).read_table(name)
         asked = pc.is_in(table[KEY], value_set=wanted)
-        computed = pc.not_equal(table[f"{task.stage.name}_status"].cast(pa.string()), NOT_REQUESTED)
-        hits = table.filter(pc.and_(asked, computed))
+        statuses = table[f"{task.stage.name}_status"].cast(pa.string())
+        settled = pc.and_(
+            pc.not_equal(statuses, NOT_REQUESTED),
+            pc.invert(pa.array(_unanswered(task.stage, statuses), pa.bool_())),
+        )
+        hits = table.filter(pc.and_(asked, settled))
         for place, key in enumerate(hits[KEY].to_pylist()):
             known.setdefault(key, hits.select(adds.names).slice(place, 1))
     return known
@@ -196,13 +213,28 @@ def _plain_dictionaries(table: pa.Table) -> pa.Table:
     return table
 
 
+def _unanswered(stage: RowStage, statuses: pa.ChunkedArray) -> list[bool]:
+    """Rows that failed because an endpoint didn't answer, which it may do another time."""
+    if all(spec.settings.endpoint is None for spec in stage.engines().values()):
+        return [False] * len(statuses)
+    codes = {f"failed: {code}" for code in UNANSWERED}
+    return [_code(status) in codes for status in statuses.to_pylist()]
+
+
+def _unanswered_note(stage: RowStage, table: pa.Table) -> dict[str, str]:
+    """What keeps a shard from counting as done when its stage runs again; {} where nothing does."""
+    rows = sum(_unanswered(stage, table[f"{stage.name}_status"]))
+    return {"unanswered": str(rows)} if rows else {}
+
+
 def _cached(task: ShardTask, role: str, handle: Any) -> Any:
     spec = task.stage.engines()[role]
     if spec.kind != "generator":
         return handle
-    return CachedGenerator(
-        handle, Store(task.cache), task.generation[role], spec.settings.generation_chunk
-    )
+    kept = Store(task.cache), task.generation[role], spec.settings.generation_chunk
+    if spec.settings.endpoint is not None:
+        return CachedChat(handle, *kept)
+    return CachedGenerator(handle, *kept)
 
 
 def _code(status: str) -> str:

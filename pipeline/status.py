@@ -69,7 +69,8 @@ def _models(flow: Flow, stage: str) -> str:
     if owner is None:
         return ""
     return ", ".join(
-        f"{role} ({spec.settings.dtype})" for role, spec in sorted(owner.engines().items())
+        f"{role} ({'endpoint' if spec.settings.endpoint else spec.settings.dtype})"
+        for role, spec in sorted(owner.engines().items())
     )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -13,16 +14,20 @@ from pipeline.flow import ROW_STAGES, folder_of
 from pipeline.rundir import opened_run, parts, read_manifest
 from stages.emission.diffs import word_diff
 from stages.errors import ConfigError
+from stages.rows import instruction
 from stages.storage import Store
 
 _LONGEST = 400
+_MOST = 10
 _MARKS = {"equal": "{}", "delete": "[-{}-]", "insert": "{{+{}+}}"}
 _OWN = ("id", "key", "messages_reflected", "embedding", "prefix_prompt_ids", "prefix_ids")
 """Columns that are shown otherwise, or say nothing to a person."""
 
+Turns = list[Mapping[str, Any]]
+
 
 def story(url: str, row: str, *, full: bool = False) -> str:
-    """What happened to a row, as text: its record, every stage, and where it is now.
+    """What happened to a row, as text; of a row that ingest rejected, why.
 
     Args:
         url: the run directory.
@@ -32,71 +37,165 @@ def story(url: str, row: str, *, full: bool = False) -> str:
     Raises:
         ConfigError: no run is there, or the id fits no row or several.
     """
-    run = opened_run(url)
-    part, place, record = _found(run, row)
-    licence = f", licence {record['license']}" if record["license"] else ", no licence stated"
-    lines = [
-        _line("row", record["id"]),
-        _line(
-            "source", f"{record['source']}: {record['file']}, record {record['record']}{licence}"
-        ),
-        *_turns("text", record["messages"], full),
-    ]
-    if record["answer"] is not None:
-        lines.append(_line("answer", record["answer"]))
-    for stage in ROW_STAGES:
-        name = f"{folder_of(stage)}/{part}"
-        if not run.exists(name):
-            continue
-        values = run.read_table(name).slice(place, 1).to_pylist()[0]
-        lines.append(_line(stage, _values(stage, values)))
-        if values.get("messages_reflected"):
-            lines += _changes(record["messages"], values["messages_reflected"], full)
-    lines += _decision(run, record)
-    return "\n".join(lines)
+    return "\n".join(_Story(opened_run(url), full).lines(row))
 
 
-def _found(run: Store, row: str) -> tuple[str, int, dict[str, Any]]:
-    hits: list[tuple[str, int, str]] = []
-    for part in parts(run, "ingest"):
-        ids = run.read_table(f"ingest/{part}", ["id"])["id"]
-        places = pc.indices_nonzero(pc.starts_with(ids, row)).to_pylist()
-        hits += [(part, place, ids[place].as_py()) for place in places]
-    if not hits:
-        raise ConfigError(
-            f"{run.url} holds no row whose id begins with {row}; a record that was rejected has no "
-            "id: look in ingest/rejects"
-        )
-    if len(hits) > 1:
-        raise ConfigError(f"{len(hits)} rows begin with {row}: {', '.join(h[2] for h in hits[:5])}")
-    part, place, _ = hits[0]
-    record = run.read_table(f"ingest/{part}").slice(place, 1).to_pylist()[0]
-    return part, place, record
+@dataclass(frozen=True)
+class _Story:
+    """Reads a run to tell of one row."""
 
+    run: Store
+    full: bool
 
-def _turns(title: str, messages: list[Mapping[str, Any]], full: bool) -> list[str]:
-    lines = []
-    for number, turn in enumerate(messages):
-        shown = _cut(turn["content"], full)
-        lines.append(_line(title if number == 0 else "", f"{turn['role']}: {shown}"))
-    return lines
+    def lines(self, row: str) -> list[str]:
+        found = self._found(row)
+        if found is None:
+            return self._rejected(row)
+        part, place, record = found
+        lines = [
+            _line("row", record["id"]),
+            _line("source", f"{_origin(record)}, licence {record['license'] or 'not stated'}"),
+            *self._turns("text", record["messages"]),
+            *self._instead_of(record["id"]),
+        ]
+        if record["answer"] is not None:
+            lines.append(_line("answer", record["answer"]))
+        for stage in ROW_STAGES:
+            name = f"{folder_of(stage)}/{part}"
+            if not self.run.exists(name):
+                continue
+            values = self.run.read_table(name).slice(place, 1).to_pylist()[0]
+            lines.append(_line(stage, _values(stage, values)))
+            if values.get("messages_reflected"):
+                lines += self._changes(record["messages"], values["messages_reflected"])
+        return lines + self._decision(record)
 
+    def _found(self, row: str) -> tuple[str, int, dict[str, Any]] | None:
+        """Shard, place and record of the row whose id begins so; None where no row's does."""
+        hits: list[tuple[str, int, str]] = []
+        for part in parts(self.run, "ingest"):
+            ids = self.run.read_table(f"ingest/{part}", ["id"])["id"]
+            places = pc.indices_nonzero(pc.starts_with(ids, row)).to_pylist()
+            hits += [(part, place, ids[place].as_py()) for place in places]
+        if not hits:
+            return None
+        if len(hits) > 1:
+            raise ConfigError(
+                f"{len(hits)} rows begin with {row}: {', '.join(h[2] for h in hits[:5])}"
+            )
+        part, place, _ = hits[0]
+        record = self.run.read_table(f"ingest/{part}").slice(place, 1).to_pylist()[0]
+        return part, place, record
 
-def _changes(
-    before: list[Mapping[str, Any]], after: list[Mapping[str, Any]], full: bool
-) -> list[str]:
-    """The turns that were rewritten: whole, and what was [-deleted-] and {+inserted+}."""
-    lines = []
-    for old, new in zip(before, after, strict=True):
-        if old["content"] == new["content"]:
-            continue
-        lines.append(_line("rewritten", f"{new['role']}: {_cut(new['content'], full)}"))
-        changed = "".join(
-            _MARKS[piece.kind].format(piece.text)
-            for piece in word_diff(old["content"], new["content"])
-        )
-        lines.append(_line("changes", f"{new['role']}: {_cut(changed, full)}"))
-    return lines
+    def _rejected(self, row: str) -> list[str]:
+        """The story of a row that ingest rejected."""
+        hits = self._rejects(lambda rejects: pc.starts_with(rejects["id"], row))
+        ids = sorted({hit["id"] for hit in hits})
+        if not hits:
+            raise ConfigError(
+                f"{self.run.url} holds no row whose id begins with {row}; a record that could not "
+                "be read has no id: look in ingest/rejects"
+            )
+        if len(ids) > 1:
+            raise ConfigError(f"{len(ids)} rejected rows begin with {row}: {', '.join(ids[:5])}")
+        lines = [_line("row", ids[0])]
+        for hit in hits:
+            lines.append(_line("source", _origin(hit)))
+            lines.append(_line("ingest", f"rejected: {hit['reason']}"))
+            if hit["overlap"] is not None:
+                lines.append(_line("", f"they share: {self._cut(hit['overlap'])}"))
+        kept = self._found(hits[0]["kept"]) if hits[0]["kept"] is not None else None
+        if kept is not None:
+            lines.append(_line("kept", f"{kept[2]['id']}: {_origin(kept[2])}"))
+            lines += self._turns("", kept[2]["messages"])
+        return [*lines, _line("record", self._cut(hits[0]["raw"]))]
+
+    def _instead_of(self, row: str) -> list[str]:
+        """Rows that ingest rejected as duplicates of this one."""
+        hits = self._rejects(lambda rejects: pc.equal(rejects["kept"], row))
+        told = [f"{_origin(hit)}: {hit['reason']}" for hit in hits[:_MOST]]
+        if len(hits) > _MOST:
+            told.append(f"and {len(hits) - _MOST} more")
+        return [_line("" if number else "instead of", text) for number, text in enumerate(told)]
+
+    def _rejects(self, wanted: Callable[[pa.Table], pa.ChunkedArray]) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        for part in parts(self.run, "ingest/rejects"):
+            name = f"ingest/rejects/{part}"
+            places = pc.indices_nonzero(wanted(self.run.read_table(name, ["id", "kept"])))
+            if len(places):
+                found += self.run.read_table(name).take(places).to_pylist()
+        return found
+
+    def _turns(self, title: str, messages: Turns) -> list[str]:
+        return [
+            _line("" if number else title, f"{turn['role']}: {self._cut(turn['content'])}")
+            for number, turn in enumerate(messages)
+        ]
+
+    def _changes(self, before: Turns, after: Turns) -> list[str]:
+        """The turns that were rewritten: whole, and what was [-deleted-] and {+inserted+}."""
+        lines = []
+        for old, new in zip(before, after, strict=True):
+            if old["content"] == new["content"]:
+                continue
+            lines.append(_line("rewritten", f"{new['role']}: {self._cut(new['content'])}"))
+            changed = "".join(
+                _MARKS[piece.kind].format(piece.text)
+                for piece in word_diff(old["content"], new["content"])
+            )
+            lines.append(_line("changes", f"{new['role']}: {self._cut(changed)}"))
+        return lines
+
+    def _decision(self, record: Mapping[str, Any]) -> list[str]:
+        """What selection, mixture and emission made of a row."""
+        if read_manifest(self.run, "selection") is None:
+            return [_line("selection", "not done yet")]
+        decisions = self.run.read_table("selection/decisions.parquet")
+        found = _all(decisions, record["id"])
+        if not found:
+            return [_line("selection", "made before this row was ingested; run again")]
+        keep, reason, score = (found[0][name] for name in ("keep", "reason", "score"))
+        ranked = "" if score is None else f" (score {score:.4g})"
+        lines = [_line("selection", f"{'kept' if keep else 'dropped'}: {reason}{ranked}")]
+        other = re.search(r"\b[0-9a-f]{32}\b", reason)
+        named = self._found(other.group()) if other else None
+        if named is not None:
+            asked = self._cut(instruction(named[2]["messages"]) or "")
+            lines.append(_line("", f"that row is of {_origin(named[2])}: {asked}"))
+        return [*lines, *self._drawn(record)] if keep else lines
+
+    def _drawn(self, record: Mapping[str, Any]) -> list[str]:
+        """The weight of a kept row's source, and where the row was emitted."""
+        lines, source = [], record["source"]
+        mixture = read_manifest(self.run, "mixture")
+        if mixture is not None:
+            weight = mixture["report"]["weights"].get(source, 0.0)
+            lines.append(_line("mixture", f"{source} has the weight {weight:.4f}"))
+        emission = read_manifest(self.run, "emission")
+        if emission is None:
+            return [*lines, _line("emission", "not done yet")]
+        found = _all(self.run.read_table("dataset/emitted.parquet"), record["id"])
+        for place in found:
+            split = place["shard"].rpartition("/")[2].partition("-")[0]
+            where = f"{split}: {place['shard']}, line {place['position']}"
+            lines.append(_line("emission", where))
+        if not found:
+            report = emission["report"]
+            facts = report["sources"][source]
+            told = f"{source} gives {facts['quota']:,} {report['unit']} of {facts['available']:,}"
+            lines.append(_line("emission", f"not drawn: {told}, and others were taken"))
+        for path in (file["path"] for file in emission["files"]):
+            if path.startswith("prefix/"):
+                ids = self.run.read_table(f"dataset/{path}", ["id"])["id"].to_pylist()
+                if record["id"] in ids:
+                    lines.append(_line("prefix", f"{path}, line {ids.index(record['id'])}"))
+        return lines
+
+    def _cut(self, text: str) -> str:
+        if self.full or len(text) <= _LONGEST:
+            return text
+        return f"{text[:_LONGEST]} … ({len(text)} characters)"
 
 
 def _line(title: str, text: str) -> str:
@@ -104,10 +203,8 @@ def _line(title: str, text: str) -> str:
     return f"{title:<12}" + text.replace("\n", "\n" + " " * 12)
 
 
-def _cut(text: str, full: bool) -> str:
-    if full or len(text) <= _LONGEST:
-        return text
-    return f"{text[:_LONGEST]} … ({len(text)} characters)"
+def _origin(record: Mapping[str, Any]) -> str:
+    return f"{record['source']}: {record['file']}, record {record['record']}"
 
 
 def _values(stage: str, values: Mapping[str, Any]) -> str:
@@ -125,68 +222,6 @@ def _number(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_number(item) for item in value) + "]"
     return str(value)
-
-
-def _decision(run: Store, record: Mapping[str, Any]) -> list[str]:
-    """What selection, mixture and emission made of a row."""
-    if read_manifest(run, "selection") is None:
-        return [_line("selection", "not done yet")]
-    row, source = record["id"], record["source"]
-    decision = _only(run.read_table("selection/decisions.parquet"), row)
-    if decision is None:
-        return [_line("selection", "made before this row was ingested; run again")]
-    ranked = "" if decision["score"] is None else f" (score {decision['score']:.4g})"
-    verdict = "kept" if decision["keep"] else "dropped"
-    lines = [_line("selection", f"{verdict}: {decision['reason']}{ranked}")]
-    other = re.search(r"\b[0-9a-f]{32}\b", decision["reason"])
-    if other and other.group() != row:
-        lines += _other(run, other.group())
-    if not decision["keep"]:
-        return lines
-    mixture = read_manifest(run, "mixture")
-    if mixture is not None:
-        weight = mixture["report"]["weights"].get(source, 0.0)
-        lines.append(_line("mixture", f"{source} has the weight {weight:.4f}"))
-    emission = read_manifest(run, "emission")
-    if emission is None:
-        return [*lines, _line("emission", "not done yet")]
-    return [*lines, *_emitted(run, emission, row, source)]
-
-
-def _other(run: Store, row: str) -> list[str]:
-    """The row that another one's reason names."""
-    _, _, record = _found(run, row)
-    asked = next((t["content"] for t in reversed(record["messages"]) if t["role"] == "user"), "")
-    return [_line("", f"that row is of {record['source']}: {_cut(asked, False)}")]
-
-
-def _emitted(run: Store, manifest: Mapping[str, Any], row: str, source: str) -> list[str]:
-    paths = [file["path"] for file in manifest["files"]]
-    found = _all(run.read_table("dataset/emitted.parquet"), row)
-    if not found:
-        facts = manifest["report"]["sources"][source]
-        unit = manifest["report"]["unit"]
-        said = (
-            f"not drawn: {source} gives {facts['quota']:,} {unit} of {facts['available']:,}, and "
-            "others were taken"
-        )
-        return [_line("emission", said)]
-    lines = []
-    for place in found:
-        split = place["shard"].rpartition("/")[2].partition("-")[0]
-        lines.append(_line("emission", f"{split}: {place['shard']}, line {place['position']}"))
-    for path in paths:
-        if path.startswith("prefix/"):
-            ids = run.read_table(f"dataset/{path}", ["id"])["id"].to_pylist()
-            lines += [
-                _line("prefix", f"{path}, line {i}") for i, name in enumerate(ids) if name == row
-            ]
-    return lines
-
-
-def _only(table: pa.Table, row: str) -> dict[str, Any] | None:
-    found = _all(table, row)
-    return found[0] if found else None
 
 
 def _all(table: pa.Table, row: str) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ directory and knows nothing of shards in flight, backends or resume.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
@@ -21,7 +21,29 @@ from stages.storage import Store
 
 T = TypeVar("T")
 
+R = TypeVar("R")
+
+
+class Each(Protocol):
+    """Runs a function over tasks, here or on workers; answers come in the order of the tasks.
+
+    The function, tasks and answers must be picklable.
+    """
+
+    def __call__(self, fn: Callable[[T], R], tasks: Iterable[T], /) -> Iterable[R]:
+        """The answers."""
+        ...
+
+
+def in_turn(fn: Callable[[T], R], tasks: Iterable[T], /) -> Iterable[R]:
+    """The `Each` that runs tasks in this process, one after another."""
+    return map(fn, tasks)
+
+
 EngineKind = Literal["scorer", "generator", "reader", "embedder"]
+
+TARGETS = "targets"
+"""The artifact that is no fit stage's: the folder of the ingested target rows."""
 
 
 class Settings(BaseModel):
@@ -54,11 +76,19 @@ class Columns:
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """A model in a role: `model` is its name in the recipe, where execution places it."""
+    """A model in a role.
+
+    Attributes:
+        kind: what it has to do.
+        model: its name in the recipe, where execution places it.
+        settings: its entry in the recipe.
+        asks: what a generator is given; a model behind an endpoint takes messages alone.
+    """
 
     kind: EngineKind
     model: str
     settings: ModelSettings
+    asks: Literal["ids", "messages"] = "ids"
 
 
 class ShardedColumns(Protocol):
@@ -112,7 +142,7 @@ class RowStage(Protocol):
         ...
 
     def artifacts(self) -> tuple[str, ...]:
-        """Names of the fit stages whose artifacts it reads."""
+        """Names of the fit stages whose artifacts it reads; TARGETS for the target rows."""
         ...
 
     async def process(
@@ -127,7 +157,16 @@ class Checked(Protocol):
     """A stage that can tell before anything runs that it couldn't."""
 
     def check(self) -> None:
-        """Raise ConfigError; may read a tokenizer, loads no model."""
+        """Raise ConfigError; may read a tokenizer or a configuration, loads no model."""
+        ...
+
+
+@runtime_checkable
+class ReadsFiles(Protocol):
+    """A stage with settings that name files, of which the content counts and not the place."""
+
+    def file_contents(self) -> Mapping[str, Any]:
+        """By settings field: what identifies the content of the files that it names."""
         ...
 
 

@@ -67,11 +67,18 @@ REJECTS = pa.schema(
         ("source", pa.string()),
         ("file", pa.string()),
         ("record", pa.int64()),
+        ("id", pa.string()),
         ("reason", pa.string()),
+        ("kept", pa.string()),
+        ("overlap", pa.string()),
         ("raw", pa.string()),
     ]
 )
-"""A record that could not become a row, with the reason and its text (cut at 10,000 characters)."""
+"""A record that is no row of the run, with the reason and its text (cut at 10,000 characters).
+
+`id` is null where the record is no row at all; `kept` is the row that stays in a duplicate's place,
+and so the name of its cluster; `overlap` the words that it shares with a target or evaluation set.
+"""
 
 OK = "ok"
 NOT_REQUESTED = "not_requested"

@@ -15,7 +15,7 @@ import os
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import fsspec
 import pyarrow as pa
@@ -85,6 +85,11 @@ class Store:
         """All bytes of a file."""
         fs, _ = self._located
         return cast(bytes, fs.cat_file(self.path(name)))
+
+    def open(self, name: str) -> IO[bytes]:
+        """A file to read pieces of; whoever asks closes it."""
+        fs, _ = self._located
+        return cast("IO[bytes]", fs.open(self.path(name), "rb"))
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write a file so that it appears whole or not at all."""

@@ -36,6 +36,18 @@ def student_tokenizer() -> Any:
     return load_tokenizer(ModelSettings(model=STUDENT))
 
 
+@pytest.fixture(scope="session")
+def library_model() -> Any:
+    """The student as the library loads it, without what engines change about it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from stages.engines.model_files import model_folder
+
+    model = AutoModelForCausalLM.from_pretrained(model_folder(STUDENT), dtype=torch.float32)
+    return model.eval()
+
+
 @pytest.fixture
 def rows_of() -> Callable[[str, int, int], list[dict[str, str]]]:
     def make(word: str, start: int, stop: int) -> list[dict[str, str]]:

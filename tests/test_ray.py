@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow as pa
 import pytest
+
+from stages.base import in_turn
+from stages.rows import ROWS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -113,3 +117,39 @@ print("alive", ray.get(ray.remote(lambda: 41 + 1).options(num_cpus=0).remote()))
     )
     assert "guest True" in done.stdout, done.stdout + done.stderr
     assert "alive 42" in done.stdout
+
+
+def test_tasks_over_shards_are_spread_and_answered_in_order(backend: Any, tmp_path: Path) -> None:
+    from functools import partial
+
+    from stages.ingest import NearDuplicateSettings
+    from stages.ingest.near_duplicates import found_near_duplicates
+    from stages.storage import Store
+
+    asked = [f"{' '.join('abcdefgh')} {i // 2}" for i in range(40)]
+    rows = [
+        {"source": "s", "messages": [{"role": "user", "content": text},
+                                     {"role": "assistant", "content": "yes"}]}
+        for text in asked
+    ]  # fmt: skip
+    schema = pa.schema([ROWS.field("source"), ROWS.field("messages")])
+    store, parts = Store(str(tmp_path)), []
+    for start in range(0, 40, 10):
+        parts.append((f"part-{start}.parquet", 10))
+        table = pa.Table.from_pylist(rows[start : start + 10], schema=schema)
+        store.write_table(parts[-1][0], table)
+    wanted = NearDuplicateSettings(part="prompt", threshold=0.9)
+    find = partial(found_near_duplicates, store, parts, wanted, {"s": 0})
+    here, spread = find(in_turn), find(backend.map)
+    assert here.rows.tolist() == spread.rows.tolist() == list(range(1, 40, 2))
+    assert here.kept.tolist() == spread.kept.tolist()
+
+
+def test_error_in_a_task_over_shards_is_the_tasks_own(backend: Any) -> None:
+    from stages.errors import ConfigError, StageError
+    from stages.storage import Store
+
+    with pytest.raises(ConfigError, match="cannot open nosuch://bucket"):
+        list(backend.map(Store("nosuch://bucket").read_json, ["name"]))
+    with pytest.raises(StageError, match=r"a task over shards failed.*(?s:.)*gone"):
+        list(backend.map(Store("/nonexistent").read_json, ["gone"]))

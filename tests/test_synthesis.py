@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT, STUDENT
+from endpoint_server import Answer, Asked, EndpointServer, refusal
+from endpoint_server import reply as answered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
@@ -29,19 +31,20 @@ from pipeline.synthesize.config import read_synthesis
 from pipeline.synthesize.prepare import prepared_training_file
 from pipeline.synthesize.runner import Synthesized, synthesize
 from stages.engines import Completion, GenerationRequest, Sampling
+from stages.engines.chat import ChatRequest
+from stages.engines.local import make_engine
 from stages.engines.settings import ModelSettings
 from stages.engines.tokens import text_ids
-from stages.errors import ConfigError, StageError
+from stages.errors import ConfigError, EngineError, StageError
 from stages.ingest import Row, iter_rows
 from stages.pass_rate.rollouts import Tally
 from stages.rows import key_hash
 from stages.sources.settings import Source
 from stages.storage import Store
-from stages.synthesis.asking import Asker
 from stages.synthesis.filters import reject_overlaps, reject_problems
 from stages.synthesis.headers import end_of_turn_ids, user_header_ids
 from stages.synthesis.language import check_languages, language_of
-from stages.synthesis.ngrams import NgramOverlap, repeated_share, word_ngrams, words
+from stages.synthesis.ngrams import NgramOverlap, repeated_share, word_ngrams
 from stages.synthesis.problems import sampled_problems
 from stages.synthesis.sample import REASONS, Reject, Sample
 from stages.synthesis.settings import FilterSettings, GeneratorSettings
@@ -190,19 +193,6 @@ class TestNgrams:
         if sample.reject:
             assert sample.reject == Reject("overlap", "50% of its 2-grams with row 2")
 
-    def test_words(self) -> None:
-        assert words("Find  (the) “Sum”,\nof $x^2$ — ﬁve.") == [
-            "find",
-            "the",
-            "sum",
-            "of",
-            "$x^2$",
-            "—",
-            "five",
-        ]
-        assert words("求x的值。") == ["求", "x", "的", "值"]
-        assert words(" .\n") == []
-
     def test_repeated_share_by_hand(self) -> None:
         # Runs of 2: ab ba ab ba ab; two of five are new.
         assert repeated_share("a b a b a b", 2) == pytest.approx(3 / 5)
@@ -315,19 +305,18 @@ class TestSolutions:
         assert solution_of("Two and two.\n</think>\n\nFour.") == opened
         assert solution_of("Four.").reasoning == ""
 
-    def test_seeds_belong_to_the_problem(self, student_tokenizer: Any) -> None:
+    def test_seeds_belong_to_the_problem(self) -> None:
         """They depend neither on the sample's number nor on the other samples."""
 
         def seeds(samples: list[Sample]) -> dict[str, int]:
-            asked: list[GenerationRequest] = []
+            asked: list[ChatRequest] = []
 
             class Recorder:
-                async def generate(self, requests: Any, sampling: Any) -> list[Completion]:
+                async def chat(self, requests: Any, sampling: Any) -> list[Completion]:
                     asked.extend(requests)
                     return [CUT] * len(requests)
 
-            asker = Asker(student_tokenizer, None, 500)
-            asyncio.run(solve(samples, Recorder(), asker, Sampling(9), FilterSettings(), 1))
+            asyncio.run(solve(samples, Recorder(), None, Sampling(9), FilterSettings(), 1))
             problems = [sample.problem for sample in samples]
             return dict(zip(problems, (request.seed for request in asked), strict=True))
 
@@ -505,8 +494,8 @@ def synthesis(tmp_path: Path, student_tokenizer: Any) -> Any:
             (reply,) = [text for word, text in script.items() if f" {word} " in prompt]
             return reply
 
-        def make(self, kind: str, model: ModelSettings) -> Scripted:
-            return self.model
+        def make(self, kind: str, model: ModelSettings) -> Any:
+            return self.model if model.endpoint is None else make_engine(kind, model)
 
         @property
         def path(self) -> str:
@@ -534,7 +523,8 @@ class TestRun:
         assert [(r["sample"], r["reason"]) for r in synthesis.lines("rejects.jsonl")] == expected
         assert report["samples"] == len(CASES)
         assert report["rows"] == 2
-        assert report["rejected"] == dict.fromkeys(REASONS, 1)
+        # A model that runs here replies, whatever it says.
+        assert report["rejected"] == dict.fromkeys(REASONS, 1) | {"no_reply": 0}
         assert [row["synthesis"]["sample"] for row in synthesis.lines("data.jsonl")] == [0, 1]
         # Cheap filters spare the models: the teacher sees what passed, the student what is solved.
         assert synthesis.model.asked == {"writer": len(CASES), "teacher": 8, "student": 3}
@@ -559,6 +549,63 @@ class TestRun:
         assert (origin["student_decided"], origin["student_agreed"]) == (1, 0)
         # The student's attempt at the second one was cut: nothing is known.
         assert json.loads(second.extra or "")["synthesis"]["student_decided"] == 0
+
+    def test_a_teacher_behind_an_endpoint(self, synthesis: Any) -> None:
+        """The same rows as from one that runs here; what it doesn't answer is asked again."""
+        expected = synthesis.run().report
+        rows = [(row["messages"], row["answer"]) for row in synthesis.lines("data.jsonl")]
+
+        def script(asked: Asked, times: int) -> Answer:
+            if "this number" in asked.prompt:
+                return refusal(400, "Too long.", "context_length_exceeded")
+            word, text = next((w, t) for w, t in SOLUTIONS.items() if f" {w} " in asked.prompt)
+            if word == "five" and times < 3:
+                return refusal(503, "Busy.")
+            if word == "vague":
+                return refusal(400, "No.", "content_filter")
+            if isinstance(text, Completion):
+                return answered(text.text, text.finish_reason)
+            return answered(text)
+
+        with EndpointServer(script) as server:
+            where = {"base_url": server.url, "max_retries": 1, "max_retry_wait_s": 0.01}
+            synthesis.value["models"]["solver"] = {
+                "model": "solver",
+                "engine": "openai",
+                "endpoint": where,
+            }
+            synthesis.value["execution"]["run"] += "-asked"
+            with pytest.raises(EngineError, match=r"1 of 9 problems had no reply.*Busy.*run again"):
+                synthesis.run()
+            assert not Path(synthesis.value["execution"]["run"], "data.jsonl").exists()
+            server.asked.clear()
+            report = synthesis.run().report
+            # And what it refused.
+            assert len(server) == 3
+        assert [(row["messages"], row["answer"]) for row in synthesis.lines("data.jsonl")] == rows
+        moved = {"no_reply": 1, "solution_no_answer": 0}
+        assert report["rejected"] == expected["rejected"] | moved
+        (filtered,) = [r for r in synthesis.lines("rejects.jsonl") if r["reason"] == "no_reply"]
+        assert filtered["detail"].startswith("content_filter: ")
+        origin = synthesis.lines("data.jsonl")[0]["synthesis"]["teacher"]
+        assert origin == {"model": "solver", "weights": f"endpoint:{server.url}:solver"}
+
+    @pytest.mark.parametrize(
+        ("role", "change", "message"),
+        [
+            ("writer", {}, r"generator\.model: models\.writer is behind an endpoint"),
+            ("pupil", {}, r"student\.model: models\.pupil is behind an endpoint"),
+            ("solver", {"template": {"x": 1}}, r"endpoint\.body\.chat_template_kwargs"),
+        ],
+    )
+    def test_what_an_endpoint_cant_do(
+        self, synthesis: Any, role: str, change: dict[str, Any], message: str
+    ) -> None:
+        where = {"base_url": "http://127.0.0.1:1/v1"}
+        synthesis.value["models"][role] = {"model": "m", "engine": "openai", "endpoint": where}
+        synthesis.value["teacher"].update(change)
+        with pytest.raises(ConfigError, match=message):
+            synthesis.run()
 
     def test_interrupted_run_goes_on_from_the_cache(self, synthesis: Any) -> None:
         synthesis.fails = "student"

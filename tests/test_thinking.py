@@ -68,11 +68,13 @@ def rows(questions: list[str]) -> pa.Table:
 
 def test_probability_flag_and_odds_are_brute_force(adaptive: Any) -> None:
     import torch
+    from transformers import AutoModelForCausalLM
 
     stage = ThinkingStage(ThinkingSettings(model="adaptive"), {"adaptive": adaptive})
     engine = make_engine("scorer", adaptive)
     made = asyncio.run(stage.process(rows(QUESTIONS), {"model": LocalHandle(engine)}, {}))
-    tokenizer, model = load_tokenizer(adaptive), engine._model
+    tokenizer = load_tokenizer(adaptive)
+    model = AutoModelForCausalLM.from_pretrained(adaptive.model, dtype=torch.float32).eval()
     skip = tokenizer.convert_tokens_to_ids("</think>")
     flags = set()
     for question, found in zip(QUESTIONS, made.to_pylist(), strict=True):

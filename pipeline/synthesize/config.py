@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any, Self
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from pipeline.recipe_file import explained, raw_values, resolve_paths
+from pipeline.recipe_file import (
+    explained,
+    own_name,
+    raw_values,
+    resolve_paths,
+)
 from stages.base import Settings
 from stages.engines.settings import ModelSettings
 from stages.errors import ConfigError
@@ -70,6 +74,9 @@ class SynthesisConfig(BaseModel):
                     f"{role}.model names the model {part.model!r}, which `models` doesn't declare "
                     f"(declared: {', '.join(sorted(self.models)) or 'none'})"
                 )
+            if self.models[part.model].endpoint is not None:
+                self._check_endpoint(role, part.model)
+                continue
             window = self.models[part.model].max_length
             if part.max_new_tokens >= window:
                 raise ValueError(
@@ -82,6 +89,18 @@ class SynthesisConfig(BaseModel):
                 "filters.require_answer: true"
             )
         return self
+
+    def _check_endpoint(self, role: str, model: str) -> None:
+        if role != "teacher":
+            raise ValueError(
+                f"{role}.model: models.{model} is behind an endpoint, and the {role} works with "
+                "token ids, which endpoints don't give; only the teacher may be behind one"
+            )
+        if self.teacher.template:
+            raise ValueError(
+                "teacher.template: an endpoint applies its own chat template; give variables as "
+                f"models.{model}.endpoint.body.chat_template_kwargs, where it takes them"
+            )
 
     @property
     def _roles(self) -> dict[str, GeneratorSettings | TeacherSettings | StudentSettings]:
@@ -103,10 +122,8 @@ class SynthesisConfig(BaseModel):
         recipe = self.model_dump(mode="json", exclude={"execution"})
         for item in [*recipe["avoid"]["sources"], *recipe["avoid"]["targets"]]:
             paths = [item["path"]] if isinstance(item["path"], str) else item["path"]
-            item["path"] = [_own_name(path) for path in paths]
-        for model in recipe["models"].values():
-            if os.path.isabs(model["model"]) or model["model"].startswith("."):
-                model["model"] = _own_name(model["model"])
+            item["path"] = [own_name(path) for path in paths]
+        recipe["models"] = {name: model.portable() for name, model in self.models.items()}
         return recipe
 
 
@@ -131,7 +148,3 @@ def read_synthesis(path: str, overrides: Sequence[str] = ()) -> SynthesisConfig:
         return SynthesisConfig.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(explained(error, path, SynthesisConfig)) from error
-
-
-def _own_name(path: str) -> str:
-    return path if "://" in path else os.path.basename(path.rstrip("/"))

@@ -14,17 +14,18 @@ import os
 import platform
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline import __version__
 from pipeline.config import changed_fields
-from pipeline.identity import model_settings
+from pipeline.identity import endpoint_identity, library_version, model_settings
 from pipeline.rundir import MANIFEST, RunLock
 from pipeline.synthesize.config import SynthesisConfig
-from stages.engines import Sampling, TextGenerator
+from stages.engines import Sampling
+from stages.engines.chat import chat_generator
+from stages.engines.chat_cache import CachedChat
 from stages.engines.generation_cache import CachedGenerator
-from stages.engines.local import LocalHandle, make_engine
+from stages.engines.local import handle_of, make_engine
 from stages.engines.model_files import cached_tokenizer, model_identity, threads_of
 from stages.engines.settings import ModelSettings
 from stages.errors import ConfigError, StageError
@@ -86,11 +87,15 @@ class _Synthesis:
     def __init__(self, config: SynthesisConfig, say: Say, make: Make) -> None:
         self._config, self._say, self._make = config, say, make
         self._store = Store(config.execution.run)
-        self._tokens: dict[str, int] = {}
+        self._tokens: dict[str, int | None] = {}
 
     def run(self) -> Synthesized:
         config = self._config
-        tokenizers = {role: cached_tokenizer(config.model_of(role)) for role in config.roles}
+        tokenizers = {
+            role: cached_tokenizer(config.model_of(role))
+            for role in config.roles
+            if config.model_of(role).endpoint is None
+        }
         self._check(tokenizers)
         avoided = [(one, files_of(one)) for one in (*config.avoid.sources, *config.avoid.targets)]
         identity = self._identity()
@@ -115,7 +120,11 @@ class _Synthesis:
         if config.filters.languages is not None:
             check_languages(config.filters.languages)
         for role in config.roles[1:]:
-            self._asker(role, tokenizers[role]).prompt("x")
+            endpoint = config.model_of(role).endpoint
+            if endpoint is not None:
+                endpoint.api_key()
+            else:
+                self._asker(role, tokenizers[role]).prompt("x")
 
     async def _samples(
         self,
@@ -125,7 +134,7 @@ class _Synthesis:
         config, seed = self._config, self._config.seed
         self._say(f"{config.generator.samples} samples of problems")
 
-        async def sampled(engine: TextGenerator) -> tuple[list[Sample], int]:
+        async def sampled(engine: Any) -> tuple[list[Sample], int]:
             return await sampled_problems(engine, tokenizers["generator"], config.generator, seed)
 
         samples, self._tokens["generator"] = await self._with_engine("generator", sampled)
@@ -134,34 +143,34 @@ class _Synthesis:
         if left := len(remaining(samples)):
             self._say(f"{left} problems for the teacher")
 
-            async def solved(engine: TextGenerator) -> int:
+            async def solved(engine: Any) -> int | None:
                 teacher = config.teacher
                 sampling = Sampling(teacher.max_new_tokens, teacher.temperature, teacher.top_p)
-                asker = self._asker("teacher", tokenizers["teacher"])
-                return await solve(samples, engine, asker, sampling, config.filters, seed)
+                chat = chat_generator(engine, config.model_of("teacher"), teacher.template)
+                return await solve(samples, chat, teacher.request, sampling, config.filters, seed)
 
             self._tokens["teacher"] = await self._with_engine("teacher", solved)
         student = config.student
         if student is not None and (left := len(remaining(samples))):
             self._say(f"{left} solutions for the student to match")
 
-            async def tried(engine: TextGenerator) -> int:
+            async def tried(engine: Any) -> int:
                 asker = self._asker("student", tokenizers["student"])
                 return await reject_solved(samples, engine, asker, student, seed)
 
             self._tokens["student"] = await self._with_engine("student", tried)
         return samples, counts
 
-    async def _with_engine(self, role: str, work: Callable[[TextGenerator], Awaitable[T]]) -> T:
+    async def _with_engine(self, role: str, work: Callable[[Any], Awaitable[T]]) -> T:
         """What `work` gives with a model that is open for as long."""
         settings = self._config.model_of(role)
         engine = self._make("generator", settings)
         try:
             cache = Store(os.path.expanduser(self._config.execution.cache))
             identity = canonical_json(self._model(role))
-            return await work(
-                CachedGenerator(LocalHandle(engine), cache, identity, settings.generation_chunk)
-            )
+            cached = CachedGenerator if settings.endpoint is None else CachedChat
+            handle = handle_of(engine, settings)
+            return await work(cached(handle, cache, identity, settings.generation_chunk))
         finally:
             engine.close()
 
@@ -193,6 +202,8 @@ class _Synthesis:
     def _model(self, role: str) -> dict[str, Any]:
         """What a generation depends on besides its prompt, sampling and seed."""
         settings = self._config.model_of(role)
+        if settings.endpoint is not None:
+            return endpoint_identity(settings.portable())
         name = self._config.portable_recipe[role]["model"]
         libraries = ("vllm",) if settings.engine == "vllm" else ("torch", "transformers")
         on_gpu = _has_gpu()
@@ -201,7 +212,7 @@ class _Synthesis:
             "settings": model_settings(self._config.portable_recipe["models"][name]),
             "weights": model_identity(settings.model),
             "numerics": {
-                **{library: version(library) for library in libraries},
+                **{library: library_version(library) for library in libraries},
                 "machine": platform.machine(),
                 "device": "cuda" if on_gpu else "cpu",
                 **({} if on_gpu else {"threads": threads_of(settings)}),

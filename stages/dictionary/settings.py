@@ -2,22 +2,55 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.base import Settings
 
 Part = Literal["response", "prompt", "both"]
+FormatName = Literal[
+    "saelens", "sparsify", "gemma_scope", "gemma_scope_2", "llama_scope", "openai_gpt2"
+]
+
+TRAINING_FIELDS = (
+    "expansion",
+    "k",
+    "training",
+    "steps",
+    "batch",
+    "learning_rate",
+    "warmup_share",
+    "rows",
+    "tokens",
+    "refit",
+)
+"""Settings without a meaning where an autoencoder is brought instead of trained."""
+BROUGHT_FIELDS = ("format", "activation_scale")
+"""Settings without a meaning where one is trained."""
 
 
 class DictionarySettings(Settings):
-    """The `dictionary` section of a recipe: a sparse autoencoder trained on the run's own rows."""
+    """The `dictionary` section: an autoencoder trained on the run's own rows, or brought along."""
 
     student: str = Field(default="student", description="Name of the model that is read.")
     layer: int = Field(
         ge=0,
         description="Block whose output is read, from 0 (Hugging Face: hidden_states[layer+1]).",
+    )
+    path: str | None = Field(
+        default=None,
+        description="Folder of a published autoencoder, a path or fsspec URL; unset: one is "
+        "trained.",
+    )
+    format: Literal["auto"] | FormatName = Field(
+        default="auto", description="Whose files they are; auto: told by their names."
+    )
+    activation_scale: float | None = Field(
+        default=None,
+        gt=0,
+        description="What activations were multiplied by when it was trained, for SAELens files "
+        "with normalize_activations: expected_average_only_in, which leave it out.",
     )
     expansion: int = Field(default=4, ge=1, description="Latents per activation dimension.")
     k: int = Field(default=32, ge=1, description="Active latents per token.")
@@ -46,3 +79,19 @@ class DictionarySettings(Settings):
         description="Train again when rows were added. Off: a dictionary is a measuring instrument "
         "and stays what it was, so that old and new rows are measured alike.",
     )
+
+    @model_validator(mode="after")
+    def _trained_or_brought(self) -> Self:
+        brought = self.path is not None
+        idle = [
+            name
+            for name in (TRAINING_FIELDS if brought else BROUGHT_FIELDS)
+            if getattr(self, name) != type(self).model_fields[name].default
+        ]
+        if idle and brought:
+            raise ValueError(
+                f"path brings an autoencoder, so nothing is trained: leave out {', '.join(idle)}"
+            )
+        if idle:
+            raise ValueError(f"{', '.join(idle)} goes with path, which isn't given")
+        return self

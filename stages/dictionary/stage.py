@@ -1,4 +1,4 @@
-"""The dictionary stage: train a sparse autoencoder on the rows, find each task's prototype."""
+"""The dictionary stage: train or read a sparse autoencoder, find each task's prototype."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from stages.base import Artifact, Columns, EngineSpec, ShardedColumns
+from stages.dictionary.brought import brought_files, brought_sae, check_brought
+from stages.dictionary.checks import check_active, check_layer
 from stages.dictionary.settings import DictionarySettings
 from stages.engines import FeatureReader, MaskedSequence
-from stages.engines.model_files import cached_tokenizer, set_threads
+from stages.engines.model_files import cached_tokenizer, decoder_shape, set_threads
 from stages.engines.settings import ModelSettings
 from stages.errors import RowError, StageError
 from stages.features.tokens import masked_sequence
@@ -25,11 +27,15 @@ if TYPE_CHECKING:
     from stages.dictionary.sae import SparseAutoencoder
 
 
+_JUDGED_ROWS = 16
+"""Target rows on which an autoencoder that was brought is measured."""
+
+
 class DictionaryStage:
-    """Reads activations of a sample of rows, trains on them, and encodes the targets."""
+    """Trains on activations of a sample of rows, or reads files; encodes the targets."""
 
     name = "dictionary"
-    version = 1
+    version = 2
 
     def __init__(
         self, settings: DictionarySettings, models: Mapping[str, ModelSettings], seed: int
@@ -47,24 +53,49 @@ class DictionaryStage:
         """The student's activations."""
         return {"student": EngineSpec("reader", self.settings.student, self._student)}
 
+    def check(self) -> None:
+        """Refuse what the student doesn't have, and files that can't be read or aren't its own.
+
+        Raises:
+            ConfigError: naming the value or the file, and what to do.
+        """
+        settings = self.settings
+        blocks, width = decoder_shape(self._student)
+        check_layer("dictionary.layer", settings.layer, blocks, self._student.model)
+        if settings.path is None:
+            check_active("dictionary.k", settings.k, width * settings.expansion)
+        else:
+            check_brought(settings, self._student)
+
+    def file_contents(self) -> Mapping[str, Any]:
+        """The files that `path` names count by what they hold, wherever they lie.
+
+        Raises:
+            ConfigError: they aren't there.
+        """
+        if self.settings.path is None:
+            return {}
+        return {"path": brought_files(self.settings)}
+
     async def fit(
         self, columns: ShardedColumns, targets: ShardedColumns, engines: Mapping[str, Any]
     ) -> Artifact:
         """The autoencoder's and the prototypes' files.
 
         Raises:
+            ConfigError: an autoencoder that was brought can't be read.
             StageError: the rows have no token to train on, or a task has none to stand for it.
         """
         from stages.dictionary.artifact import prototype_files
         from stages.dictionary.checkpoint import sae_bytes
-        from stages.dictionary.train import evaluate_reconstruction
 
         set_threads(self._student)
         reader: FeatureReader = engines["student"]
-        activations = await self._training_activations(columns, reader)
-        train, held_out = _split(activations, self._seed)
-        sae, curve = self._trained(train)
-        quality = evaluate_reconstruction(sae, _batches_of(held_out, self.settings.batch))
+        if self.settings.path is None:
+            sae, provenance, report = await self._made(columns, reader)
+        else:
+            sae, provenance = brought_sae(self.settings)
+            report = {"quality": await self._quality(targets, reader, sae)}
         prototypes, tasks, target_rows = await self._prototypes(targets, reader, sae)
         files = sae_bytes(
             sae,
@@ -73,20 +104,55 @@ class DictionaryStage:
                 "hook_name": f"blocks.{self.settings.layer}.hook_resid_post",
                 "hf_hidden_states_index": self.settings.layer + 1,
                 "part": self.settings.part,
-                "training_tokens": len(train),
-                "training": self.settings.training,
-                "seed": self._seed,
+                **provenance,
             },
         )
-        report = {
-            "tokens": len(activations),
-            "held_out_tokens": len(held_out),
-            "quality": asdict(quality),
-            "curve": asdict(curve),
+        report |= {
             "latents": sae.config.d_sae,
             "target_rows": dict(zip(tasks, target_rows, strict=True)),
         }
         return Artifact({**files, **prototype_files(prototypes, tasks)}, report)
+
+    async def _made(
+        self, columns: ShardedColumns, reader: FeatureReader
+    ) -> tuple[SparseAutoencoder, dict[str, Any], dict[str, Any]]:
+        """An autoencoder trained on the rows, how it was made, and how good it is."""
+        from stages.dictionary.evaluate import evaluate_reconstruction
+
+        activations = await self._training_activations(columns, reader)
+        train, held_out = _split(activations, self._seed)
+        sae, curve = self._trained(train)
+        quality = evaluate_reconstruction(sae, _batches_of(held_out, self.settings.batch))
+        provenance = {
+            "training_tokens": len(train),
+            "training": self.settings.training,
+            "seed": self._seed,
+        }
+        report = {
+            "tokens": len(activations),
+            "held_out_tokens": len(held_out),
+            "quality": asdict(quality),
+            "curve": curve,
+        }
+        return sae, provenance, report
+
+    async def _quality(
+        self, targets: ShardedColumns, reader: FeatureReader, sae: SparseAutoencoder
+    ) -> dict[str, float] | None:
+        """How well it reconstructs the first target rows: FVU near 1 tells of a wrong layer."""
+        from stages.dictionary.evaluate import evaluate_reconstruction
+
+        sequences: list[MaskedSequence] = []
+        for table in targets.iter(("effective_messages",)):
+            found = self._sequences(table.slice(0, _JUDGED_ROWS - len(sequences)))
+            sequences += [sequence for sequence in found if sequence is not None]
+            if len(sequences) >= _JUDGED_ROWS:
+                break
+        states = await reader.activations(sequences, self.settings.layer)
+        # The variance of a single token is zero, and its FVU undefined.
+        if len(states) < 2:
+            return None
+        return asdict(evaluate_reconstruction(sae, _batches_of(states, 256)))
 
     async def _training_activations(
         self, columns: ShardedColumns, reader: FeatureReader
@@ -119,30 +185,42 @@ class DictionaryStage:
             raise StageError("no row has a content token to train on", stage=self.name)
         return kept
 
-    def _trained(self, activations: NDArray[np.float32]) -> tuple[SparseAutoencoder, Any]:
-        from stages.dictionary.train import TrainingConfig, train_sparse_autoencoder
+    def _trained(
+        self, activations: NDArray[np.float32]
+    ) -> tuple[SparseAutoencoder, dict[str, list[float]]]:
+        """The autoencoder, and measures of about fifty of its training steps."""
+        from stages.dictionary.train import Trainer, TrainingConfig, TrainingPoint, train
 
         settings = self.settings
-        config = TrainingConfig(
-            d_in=activations.shape[1],
-            d_sae=activations.shape[1] * settings.expansion,
-            k=settings.k,
-            training=settings.training,
-            learning_rate=settings.learning_rate,
-            warmup_steps=int(settings.warmup_share * settings.steps),
-            threshold_decay=0.99,
-            log_every=max(1, settings.steps // 50),
-            # A latent that hasn't fired in a twentieth of the training is revived by AuxK.
-            dead_after_tokens=max(settings.steps * settings.batch // 20, settings.batch),
-        )
+        points: list[TrainingPoint] = []
+
+        def note(point: TrainingPoint) -> None:
+            if point.step % max(1, settings.steps // 50) == 0 or point.step == settings.steps:
+                points.append(point)
+
         batches = _shuffled_batches(activations, settings.batch, settings.steps, self._seed)
         try:
-            return train_sparse_autoencoder(batches, config, settings.steps, self._seed)
+            config = TrainingConfig(
+                d_in=activations.shape[1],
+                d_sae=activations.shape[1] * settings.expansion,
+                k=settings.k,
+                steps=settings.steps,
+                training=settings.training,
+                learning_rate=settings.learning_rate,
+                warmup_steps=int(settings.warmup_share * settings.steps),
+                # A latent that hasn't fired in a twentieth of the training is revived by AuxK.
+                dead_after_tokens=max(settings.steps * settings.batch // 20, settings.batch),
+            )
+            sae = train(Trainer(config, self._seed), batches, note)
         except (ValueError, FloatingPointError) as error:
             raise StageError(
                 f"the autoencoder can't be trained on {len(activations)} tokens: {error}",
                 stage=self.name,
             ) from error
+        columns = zip(*points, strict=True)
+        return sae, {
+            name: list(values) for name, values in zip(TrainingPoint._fields, columns, strict=True)
+        }
 
     async def _prototypes(
         self, targets: ShardedColumns, reader: FeatureReader, sae: SparseAutoencoder

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from stages.difficulty.templates import Template, conversation_ids, header_ids, prompt_ids
 from stages.engines import ScoreRequest, TokenScorer
@@ -61,20 +61,25 @@ class ResponseLoss:
 
 @dataclass(frozen=True)
 class InstructionLoss:
-    """Mean losses of an instruction, nats a token, after and without the response wrapped as y'."""
+    """Mean losses of an instruction, nats a token, after and without the response wrapped as y'.
+
+    `alone` is None where it wasn't asked for.
+    """
 
     given_response: float
-    alone: float
+    alone: float | None
     tokens: int
 
     @property
-    def rifd(self) -> float:
-        r"""How little the response tells about the instruction.
+    def rifd(self) -> float | None:
+        r"""How little the response tells about the instruction; None without its denominator.
 
         .. math:: \mathrm{rIFD}(x \mid y) = \exp\bigl(L(x \mid y') - L(x)\bigr)
 
         Source: Selective Reflection-Tuning (arXiv 2402.10110), Eq. 8.
         """
+        if self.alone is None:
+            return None
         return math.exp(min(self.given_response - self.alone, _OVERFLOW))
 
 
@@ -117,7 +122,7 @@ async def response_losses(
     return [
         result
         if isinstance(result, RowError)
-        else ResponseLoss(result[0], result[1], result[2], result[3])
+        else ResponseLoss(result.conditional, cast(float, result.alone), *result[2:])
         for result in await _pair_losses(scorer, requests)
     ]
 
@@ -129,6 +134,7 @@ async def instruction_losses(
     max_length: int,
     *,
     template: Template = "chat",
+    alone: bool = True,
 ) -> list[InstructionLoss | RowError]:
     """L(x|y') and L(x) of every conversation's instruction, the response wrapped as a question.
 
@@ -138,6 +144,7 @@ async def instruction_losses(
         conversations: turns that end with the assistant's.
         max_length: tokens; where the wrapped response leaves no room, the row has no score.
         template: how the question becomes a prompt.
+        alone: whether L(x) is wanted too, the denominator of r-IFD.
 
     Returns:
         One result a conversation, in order: its losses, or why it has none.
@@ -145,7 +152,7 @@ async def instruction_losses(
     Raises:
         EngineError: the tokenizer has no token that a text could start with.
     """
-    start = _start(tokenizer)
+    start = _start(tokenizer) if alone else []
     requests: list[_Pair | RowError] = []
     for messages in conversations:
         asked, answered = instruction(messages), response(messages)
@@ -159,18 +166,28 @@ async def instruction_losses(
         except RowError as error:
             requests.append(error)
             continue
-        requests.append(_Pair(ScoreRequest(context, target), ScoreRequest(start, target), False))
+        without = ScoreRequest(start, target) if alone else None
+        requests.append(_Pair(ScoreRequest(context, target), without, False))
     return [
-        result if isinstance(result, RowError) else InstructionLoss(result[0], result[1], result[2])
+        result if isinstance(result, RowError) else InstructionLoss(*result[:3])
         for result in await _pair_losses(scorer, requests)
     ]
 
 
 class _Pair(NamedTuple):
-    """The same target after its prompt and without it, and whether it was cut."""
+    """The same target after its prompt and, where wanted, without it, and whether it was cut."""
 
     conditional: ScoreRequest
-    alone: ScoreRequest
+    alone: ScoreRequest | None
+    truncated: bool
+
+
+class _PairLoss(NamedTuple):
+    """Mean losses of a pair, nats a token; tokens scored; whether the target was cut."""
+
+    conditional: float
+    alone: float | None
+    tokens: int
     truncated: bool
 
 
@@ -196,23 +213,21 @@ def _fitting(prompt: Sequence[int], target: list[int], max_length: int) -> tuple
 
 async def _pair_losses(
     scorer: TokenScorer, requests: Sequence[_Pair | RowError]
-) -> list[tuple[float, float, int, bool] | RowError]:
-    """Mean losses of both requests of every pair, by one engine call."""
+) -> list[_PairLoss | RowError]:
+    """Mean losses of the requests of every pair, by one engine call."""
     pairs = [request for request in requests if not isinstance(request, RowError)]
-    flat = [single for pair in pairs for single in (pair.conditional, pair.alone)]
+    flat = [single for pair in pairs for single in (pair.conditional, pair.alone) if single]
     scores = await scorer.score(flat)
-    losses = scores.mean_losses().tolist()
-    counts = scores.counts.tolist()
-    results: list[tuple[float, float, int, bool] | RowError] = []
-    place = 0
+    scored = iter(zip(scores.mean_losses().tolist(), scores.counts.tolist(), strict=True))
+    results: list[_PairLoss | RowError] = []
     for request in requests:
         if isinstance(request, RowError):
             results.append(request)
             continue
-        conditional, alone = losses[2 * place], losses[2 * place + 1]
-        if math.isfinite(conditional) and math.isfinite(alone):
-            results.append((conditional, alone, counts[2 * place], request.truncated))
+        conditional, tokens = next(scored)
+        alone = next(scored)[0] if request.alone else None
+        if math.isfinite(conditional) and (alone is None or math.isfinite(alone)):
+            results.append(_PairLoss(conditional, alone, tokens, request.truncated))
         else:
             results.append(RowError("undefined: no token could be scored"))
-        place += 1
     return results

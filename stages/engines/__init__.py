@@ -57,11 +57,20 @@ class ScoreRequest(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How text is drawn. Temperature 0 is greedy."""
+    """How text is drawn. Temperature 0 is greedy.
+
+    Attributes:
+        max_new_tokens: a longer text is cut.
+        temperature: of the softmax.
+        top_p: mass of the nucleus.
+        schema: a JSON schema, as JSON text, that the text keeps to; None: free text. An engine that
+            can't keep to one refuses it.
+    """
 
     max_new_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
+    schema: str | None = None
 
 
 class GenerationRequest(NamedTuple):
@@ -71,14 +80,29 @@ class GenerationRequest(NamedTuple):
     seed: int
 
 
+class Usage(NamedTuple):
+    """Tokens of a prompt and of the reply to it, as whoever generated it counts them."""
+
+    prompt_tokens: int
+    generated_tokens: int
+
+
+FinishReason = Literal["stop", "length", "content_filter"]
+
+
 @dataclass(frozen=True)
 class Completion:
-    """Generated ids (end marker left out), their text, why they ended, their log-probability."""
+    """Generated ids (end marker left out), their text, why they ended, their log-probability.
+
+    An endpoint gives no ids and no log-probability: there they are empty and NaN. `usage` is there
+    where messages were asked for, unless an endpoint doesn't report it.
+    """
 
     token_ids: tuple[int, ...]
     text: str
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
     log_prob: float
+    usage: Usage | None = None
 
 
 @dataclass(frozen=True)

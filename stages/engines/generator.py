@@ -45,10 +45,16 @@ class TransformersGenerator:
         """One completion a request, in input order.
 
         Raises:
-            EngineError: prompt and new tokens together exceed the model's window.
+            EngineError: prompt and new tokens together exceed the model's window; or a schema is
+                given.
         """
         if not requests:
             return []
+        if sampling.schema is not None:
+            raise EngineError(
+                f"model {self._settings.model}: transformers can't keep to a JSON schema; set "
+                "engine: vllm, or ask for another form of reply"
+            )
         longest_prompt(requests, sampling, self._settings.max_length)
         lengths = [len(request.prompt) + sampling.max_new_tokens for request in requests]
         completions: dict[int, Completion] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import inspect
 import os
 import platform
 from collections.abc import Iterator
@@ -17,6 +18,13 @@ from stages.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
+CALLS_IN_FLIGHT = 128
+"""Calls that an engine which takes them together has at once; a generator's call is a chunk.
+
+A chunk waits for its longest reply, so most of the prompts in flight are done: it takes a few times
+as many as the engine batches to keep it busy. These are four shards of 512 rows in chunks of 16.
+"""
 
 # Of <malloc.h>.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -33,6 +41,15 @@ def make_engine(kind: str, settings: ModelSettings, tensor_parallel: int = 1) ->
     # against 4.8 s for one batch on two busy cores). It has to be said before torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _keep_memory()
+    if kind == "generator" and settings.endpoint is not None:
+        from stages.engines.endpoint import EndpointChat
+
+        return EndpointChat(settings.model, settings.endpoint)
+    if settings.endpoint is not None:
+        raise ConfigError(
+            f"model {settings.model}: an endpoint only writes text; a {kind} needs the model's "
+            "files and engine: transformers"
+        )
     if kind == "generator" and settings.engine == "vllm":
         from stages.engines.vllm_generator import VllmGenerator
 
@@ -54,6 +71,10 @@ def make_engine(kind: str, settings: ModelSettings, tensor_parallel: int = 1) ->
         from stages.engines.scorer import TransformersScorer
 
         return TransformersScorer(settings)
+    if kind == "splicer":
+        from stages.engines.splicer import TransformersSplicer
+
+        return TransformersSplicer(settings)
     if kind == "reader":
         from stages.engines.reader import TransformersReader
 
@@ -76,22 +97,40 @@ def _keep_memory() -> None:
     mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
-class LocalHandle:
-    """An engine of this process behind awaitable methods; calls are taken one at a time."""
+def takes_calls_together(kind: str, settings: ModelSettings) -> bool:
+    """Whether an engine takes calls while it computes others: its methods are coroutines."""
+    return kind == "generator" and settings.engine == "vllm"
 
-    def __init__(self, engine: Any) -> None:
-        """Wrap an engine."""
+
+class LocalHandle:
+    """An engine of this process behind awaitable methods.
+
+    Calls of a plain method are taken one at a time, in a thread; those of a coroutine together.
+    """
+
+    def __init__(self, engine: Any, calls_in_flight: int = CALLS_IN_FLIGHT) -> None:
+        """Wrap an engine; a coroutine has at most `calls_in_flight` calls under way."""
         self._engine = engine
         self._turn = asyncio.Lock()
+        self._room = asyncio.Semaphore(calls_in_flight)
 
     def __getattr__(self, method: str) -> Any:
-        """The engine's method, run in a thread."""
+        """The engine's method, awaitable."""
 
         async def call(*args: Any, **kwargs: Any) -> Any:
+            found = getattr(self._engine, method)
+            if inspect.iscoroutinefunction(found):
+                async with self._room:
+                    return await found(*args, **kwargs)
             async with self._turn:
-                return await asyncio.to_thread(getattr(self._engine, method), *args, **kwargs)
+                return await asyncio.to_thread(found, *args, **kwargs)
 
         return call
+
+
+def handle_of(engine: Any, settings: ModelSettings, calls_in_flight: int = CALLS_IN_FLIGHT) -> Any:
+    """How a stage awaits an engine: an endpoint by itself, and any number of calls at once."""
+    return LocalHandle(engine, calls_in_flight) if settings.endpoint is None else engine
 
 
 @contextmanager

@@ -123,6 +123,26 @@ def cached_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     return load_tokenizer(settings)
 
 
+def decoder_shape(settings: ModelSettings) -> tuple[int, int]:
+    """Number of blocks and width of the residual stream, from the configuration alone.
+
+    Raises:
+        ConfigError: the model can't be found, or its configuration can't be read.
+    """
+    from transformers import AutoConfig
+
+    folder = model_folder(settings.model)
+    try:
+        config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=settings.trust_remote_code
+        ).get_text_config()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model {settings.model}: cannot read its configuration: {error}"
+        ) from error
+    return int(config.num_hidden_layers), int(config.hidden_size)
+
+
 def load_causal_lm(settings: ModelSettings) -> PreTrainedModel:
     """The language model in evaluation mode, on the GPU where there is one.
 
@@ -154,6 +174,12 @@ def decoder_of(model: PreTrainedModel) -> Any:
     """The blocks without the output head."""
     find: Callable[[], Any] = model.get_decoder
     return find()
+
+
+def blocks_of(decoder: Any) -> Any:
+    """A decoder's list of blocks, None where it has none under a known name."""
+    # GPT-2 and its like call it `h`.
+    return getattr(decoder, "layers", None) or getattr(decoder, "h", None)
 
 
 def output_head_of(model: PreTrainedModel) -> Any:

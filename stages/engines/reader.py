@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from stages.engines import MaskedSequence
 from stages.engines.batching import token_budget_batches
-from stages.engines.model_files import decoder_of, load_causal_lm, set_threads
+from stages.engines.model_files import blocks_of, decoder_of, load_causal_lm, set_threads
 from stages.engines.settings import ModelSettings
 from stages.errors import EngineError
 from stages.storage import Store
@@ -118,7 +118,7 @@ class TransformersReader:
         """Output of the last remaining block, before the final norm, [rows, tokens, d]."""
         caught: list[torch.Tensor | tuple[torch.Tensor, ...]] = []
         decoder = decoder_of(self._model)
-        handle = decoder.layers[-1].register_forward_hook(
+        handle = blocks_of(decoder)[-1].register_forward_hook(
             lambda _module, _args, output: caught.append(output)
         )
         try:
@@ -132,18 +132,19 @@ class TransformersReader:
     def _cut(self, layer: int) -> None:
         if self._layer == layer:
             return
-        layers = getattr(decoder_of(self._model), "layers", None)
+        layers = blocks_of(decoder_of(self._model))
         if layers is None:
             raise EngineError(
-                f"model {self._settings.model}: its decoder has no list of blocks named 'layers', "
-                "so its residual stream can't be read"
+                f"model {self._settings.model}: its decoder has no list of blocks named 'layers' "
+                "or 'h', so its residual stream can't be read"
             )
         if self._layer is not None or layer >= len(layers):
             raise EngineError(
                 f"model {self._settings.model}: layer {layer} was asked for, "
                 f"and it has {len(layers)} blocks (counted from 0)"
             )
-        decoder_of(self._model).layers = layers[: layer + 1]
+        # In place: the list stays where the decoder has it, under whichever name.
+        del layers[layer + 1 :]
         self._layer = layer
 
     def _dictionary(self, url: str) -> tuple[SparseAutoencoder, torch.Tensor]:

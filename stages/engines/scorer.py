@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,16 +11,30 @@ from numpy.typing import NDArray
 from stages.engines import FirstTokens, LogLikelihoods, ScoreRequest, TokenIds
 from stages.engines.batching import token_budget_batches
 from stages.engines.model_files import decoder_of, load_causal_lm, output_head_of, set_threads
+from stages.engines.packing import packed_states, packs_of, use_packed_attention
 from stages.engines.prefixes import SharedPrefix, shared_prefixes
 from stages.engines.settings import ModelSettings
 from stages.errors import EngineError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import DynamicCache
 
 _LOGIT_ROWS = 512
 """Positions whose logits are held at once: 512 x 49,152 x 4 bytes is 100 MB."""
+
+
+class Forward(NamedTuple):
+    """What one forward computed.
+
+    Attributes:
+        states: final states, [tokens, d].
+        members: places of the sequences that it held.
+        origins: of each, where the state of its token t lies: states[origin + t].
+    """
+
+    states: torch.Tensor
+    members: list[int]
+    origins: list[int]
 
 
 class TransformersScorer:
@@ -37,6 +50,7 @@ class TransformersScorer:
         self._settings = settings
         self._model = load_causal_lm(settings)
         self._model.requires_grad_(False)
+        self._packed = use_packed_attention(self._model)
 
     def score(self, requests: Sequence[ScoreRequest]) -> LogLikelihoods:
         """Sum and count of target log-probabilities (log-softmax in float32), in input order.
@@ -58,15 +72,11 @@ class TransformersScorer:
         sums = np.zeros(len(distinct), dtype=np.float64)
         counts = np.zeros(len(distinct), dtype=np.int64)
         with torch.inference_mode():
-            for group in self._groups([distinct[i].prompt for i in scored]):
-                states, skip = self._prefix_states(group.ids), len(group.ids)
-                members = [scored[i] for i in group.members]
-                rest = [len(distinct[i].prompt) + len(distinct[i].target) - skip for i in members]
-                for batch in token_budget_batches(rest, self._settings.batch_tokens):
-                    chosen = [members[i] for i in batch]
-                    sums[chosen], counts[chosen] = self._score_batch(
-                        [distinct[i] for i in chosen], skip, states
-                    )
+            sequences = [[*distinct[i].prompt, *distinct[i].target] for i in scored]
+            groups = shared_prefixes([distinct[i].prompt for i in scored])
+            for forward in self._forwards(sequences, groups):
+                chosen = [scored[member] for member in forward.members]
+                sums[chosen], counts[chosen] = self._sums(forward, [distinct[i] for i in chosen])
         return LogLikelihoods(sums[which], counts[which])
 
     def first_tokens(self, prompts: Sequence[TokenIds], chosen: TokenIds) -> FirstTokens:
@@ -85,13 +95,16 @@ class TransformersScorer:
         log_probs = np.zeros((len(prompts), len(chosen)), dtype=np.float64)
         greedy = np.zeros(len(prompts), dtype=np.int64)
         head = output_head_of(self._model)
-        for batch in token_budget_batches(lengths, self._settings.batch_tokens):
-            with torch.inference_mode():
-                hidden = self._hidden([prompts[i] for i in batch])
-                last = hidden[range(len(batch)), [lengths[i] - 1 for i in batch]]
-                logits = head(last).double()
-                log_probs[batch] = logits.log_softmax(-1)[:, list(chosen)].cpu().numpy()
-                greedy[batch] = logits.argmax(-1).cpu().numpy()
+        with torch.inference_mode():
+            for forward in self._forwards(prompts, shared_prefixes(prompts)):
+                rows_here = forward.members
+                ends = [
+                    origin + lengths[member] - 1
+                    for member, origin in zip(forward.members, forward.origins, strict=True)
+                ]
+                logits = head(forward.states[ends]).double()
+                log_probs[rows_here] = logits.log_softmax(-1)[:, list(chosen)].cpu().numpy()
+                greedy[rows_here] = logits.argmax(-1).cpu().numpy()
         return FirstTokens(log_probs, greedy)
 
     def gradient_norms(self, requests: Sequence[ScoreRequest]) -> NDArray[np.float64]:
@@ -119,7 +132,8 @@ class TransformersScorer:
         with torch.enable_grad():
             weight.requires_grad_(True)
             for place, (prompt, target) in enumerate(requests):
-                hidden = self._hidden([[*prompt, *target]])[0, len(prompt) - 1 : -1]
+                (forward,) = self._forwards([[*prompt, *target]], [SharedPrefix((), [0])])
+                hidden = forward.states[len(prompt) - 1 : -1]
                 ids = torch.tensor(list(target), device=hidden.device)
                 loss = cross_entropy(head(hidden).float(), ids, reduction="sum")
                 (gradient,) = torch.autograd.grad(loss, weight)
@@ -139,66 +153,45 @@ class TransformersScorer:
             )
         return lengths
 
-    def _groups(self, prompts: Sequence[TokenIds]) -> list[SharedPrefix]:
-        """Groups by shared prefix, where the model's states can be shared."""
-        kinds = set(getattr(self._model.config, "layer_types", None) or ())
-        if kinds <= {"full_attention"}:
-            return shared_prefixes(prompts)
-        return [SharedPrefix((), list(range(len(prompts))))]
-
-    def _prefix_states(self, ids: tuple[int, ...]) -> DynamicCache | None:
-        """Keys and values of a prefix, [1, heads, prefix, d] a layer; None of an empty one."""
-        if not ids:
-            return None
-        import torch
-        from transformers import DynamicCache
-
-        states = DynamicCache(config=self._model.config)
-        decoder_of(self._model)(
-            input_ids=torch.tensor([ids], device=self._model.device), past_key_values=states
-        )
-        return states
-
-    def _hidden(
-        self, sequences: Sequence[TokenIds], prefix: DynamicCache | None = None
-    ) -> torch.Tensor:
-        """Final states [sequences, longest, d] of sequences padded on the right.
-
-        Args:
-            sequences: ids after the prefix.
-            prefix: keys and values of the prefix.
-        """
+    def _forwards(
+        self, sequences: Sequence[TokenIds], groups: Sequence[SharedPrefix]
+    ) -> Iterator[Forward]:
+        """Final states of all sequences, in packs or, where the model can't take those, padded."""
         import torch
 
-        rows, width = len(sequences), max(len(sequence) for sequence in sequences)
-        ids = torch.zeros(rows, width, dtype=torch.long)
-        for row, sequence in enumerate(sequences):
-            ids[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.long)
-        if prefix is not None:
-            prefix = copy.deepcopy(prefix)
-            prefix.batch_repeat_interleave(rows)
-        # No mask: what comes after a token, padding included, has no part in its state.
-        states: torch.Tensor = decoder_of(self._model)(
-            input_ids=ids.to(self._model.device), past_key_values=prefix, use_cache=False
-        ).last_hidden_state
-        return states
+        decoder, budget = decoder_of(self._model), self._settings.batch_tokens
+        if self._packed:
+            for pack in packs_of(sequences, groups, budget):
+                states = packed_states(decoder, pack, self._model.device)
+                yield Forward(states, pack.members, pack.origins)
+            return
+        for batch in token_budget_batches([len(sequence) for sequence in sequences], budget):
+            width = len(sequences[batch[0]])
+            ids = torch.zeros(len(batch), width, dtype=torch.long)
+            for row, member in enumerate(batch):
+                ids[row, : len(sequences[member])] = torch.tensor(sequences[member])
+            # No mask: what comes after a token, padding included, has no part in its state.
+            states = decoder(
+                input_ids=ids.to(self._model.device), use_cache=False
+            ).last_hidden_state
+            yield Forward(states.flatten(0, 1), batch, [row * width for row in range(len(batch))])
 
-    def _score_batch(
-        self, requests: list[ScoreRequest], skip: int, prefix: DynamicCache | None
+    def _sums(
+        self, forward: Forward, requests: Sequence[ScoreRequest]
     ) -> tuple[list[float], list[int]]:
+        """Summed target log-probabilities, and targets scored, of a forward's requests."""
         import torch
 
-        sequences = [[*prompt, *target][skip:] for prompt, target in requests]
         rows: list[int] = []
-        positions: list[int] = []
+        places: list[int] = []
         targets: list[int] = []
-        for row, sequence in enumerate(sequences):
-            first = max(len(requests[row].prompt), 1) - skip
-            rows += [row] * (len(sequence) - first)
-            positions += range(first - 1, len(sequence) - 1)
-            targets += sequence[first:]
-        hidden = self._hidden(sequences, prefix)
-        log_probs = self._target_log_probs(hidden[rows, positions], torch.tensor(targets))
+        for row, (request, origin) in enumerate(zip(requests, forward.origins, strict=True)):
+            skipped = int(not request.prompt)
+            first, count = len(request.prompt) + skipped, len(request.target) - skipped
+            rows += [row] * count
+            places += range(origin + first - 1, origin + first - 1 + count)
+            targets += request.target[skipped:]
+        log_probs = self._target_log_probs(forward.states[places], torch.tensor(targets))
         sums = torch.zeros(len(requests), dtype=torch.float64)
         sums.index_add_(0, torch.tensor(rows, dtype=torch.long), log_probs)
         counts = np.bincount(np.asarray(rows, dtype=np.int64), minlength=len(requests))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -9,7 +10,7 @@ from stages.engines import Completion, GenerationRequest, Sampling
 from stages.engines.generator import end_token_ids, longest_prompt
 from stages.engines.model_files import load_tokenizer, model_folder
 from stages.engines.settings import ModelSettings
-from stages.engines.vllm_process import EngineProcess
+from stages.engines.vllm_process import loading
 from stages.errors import EngineError
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class VllmGenerator:
-    """Generates with vLLM's offline engine.
+    """Generates with vLLM's engine, which takes calls while it computes others.
 
     A request is drawn with its own seed, by vLLM's sampler: other text than TransformersGenerator's
     at the same seed. vLLM's kernels may round differently in another batch, so that a row's text is
@@ -39,26 +40,24 @@ class VllmGenerator:
             EngineError: vLLM isn't installed, or it or the tokenizer can't be loaded.
         """
         self._settings = settings
-        self._engine = EngineProcess(
-            settings,
-            {"tensor_parallel_size": tensor_parallel, "gpu_memory_utilization": gpu_memory},
-        )
-        try:
+        options = {
+            "tensor_parallel_size": tensor_parallel,
+            "gpu_memory_utilization": gpu_memory,
+            # Small models else write spaces without end between the parts of a reply.
+            "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+        }
+        with loading(settings, options) as self._engine:
             self._tokenizer = load_tokenizer(settings)
             self._end_ids = _configured_end_ids(settings, self._tokenizer)
-            self._engine.loaded()
-        except BaseException:
-            self._engine.kill()
-            raise
 
-    def generate(
+    async def generate(
         self, requests: Sequence[GenerationRequest], sampling: Sampling
     ) -> list[Completion]:
         """One completion a request, in input order.
 
         Raises:
-            EngineError: a prompt is empty, or with the new tokens exceeds the model's window; or
-                the engine failed, and is closed now.
+            EngineError: a prompt is empty, or with the new tokens exceeds the model's window; vLLM
+                can't keep to the schema; or the engine failed, and is closed now.
         """
         if not requests:
             return []
@@ -72,8 +71,11 @@ class VllmGenerator:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             end_ids=self._end_ids,
+            schema=sampling.schema,
         )
-        drawn: list[_Drawn] = self._engine.ask(task)
+        # To hand a call over takes as long as the engine's step that is under way.
+        answer = await asyncio.to_thread(self._engine.submit, task)
+        drawn: list[_Drawn] = await asyncio.wrap_future(answer)
         return [self._completion(one) for one in drawn]
 
     def close(self) -> None:
@@ -107,10 +109,12 @@ class _Generate(NamedTuple):
     temperature: float
     top_p: float
     end_ids: list[int]
+    schema: str | None
 
-    def answer(self, engine: Any) -> list[_Drawn]:
-        """New ids of every prompt, in order."""
-        from vllm import SamplingParams, TokensPrompt
+    def requests(self) -> list[tuple[list[int], Any]]:
+        """Every prompt with its seed."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import StructuredOutputsParams
 
         parameters = [
             SamplingParams(
@@ -122,15 +126,20 @@ class _Generate(NamedTuple):
                 logprobs=0,
                 stop_token_ids=self.end_ids,
                 detokenize=False,
+                structured_outputs=(
+                    None if self.schema is None else StructuredOutputsParams(json=self.schema)
+                ),
             )
             for seed in self.seeds
         ]
-        prompts = [TokensPrompt(prompt_token_ids=ids) for ids in self.prompts]
-        outputs = engine.generate(prompts, parameters, use_tqdm=False)
+        return list(zip(self.prompts, parameters, strict=True))
+
+    def answer(self, outputs: list[Any]) -> list[_Drawn]:
+        """New ids of every prompt, in order."""
         made = [output.outputs[0] for output in outputs]
         for one in made:
             if one.finish_reason not in ("stop", "length"):
-                raise RuntimeError(f"a completion ended with {one.finish_reason!r}")
+                raise EngineError(f"vLLM ended a completion with {one.finish_reason!r}")
         return [_Drawn(list(one.token_ids), float(one.cumulative_logprob)) for one in made]
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from stages.engines import FirstTokens, LogLikelihoods, ScoreRequest, TokenIds
 from stages.engines.settings import ModelSettings
-from stages.engines.vllm_process import EngineProcess
+from stages.engines.vllm_process import loading
 from stages.errors import EngineError
 
 
@@ -35,21 +35,15 @@ class VllmScorer:
             EngineError: vLLM isn't installed, or can't load it.
         """
         self._settings = settings
-        self._engine = EngineProcess(
-            settings,
-            {
-                "tensor_parallel_size": tensor_parallel,
-                "gpu_memory_utilization": gpu_memory,
-                "enable_prefix_caching": False,
-                # vLLM always draws a token, which needs a place after the longest prompt.
-                "max_model_len": settings.max_length + 1,
-            },
-        )
-        try:
-            self._engine.loaded()
-        except BaseException:
-            self._engine.kill()
-            raise
+        options = {
+            "tensor_parallel_size": tensor_parallel,
+            "gpu_memory_utilization": gpu_memory,
+            "enable_prefix_caching": False,
+            # vLLM always draws a token, which needs a place after the longest prompt.
+            "max_model_len": settings.max_length + 1,
+        }
+        with loading(settings, options) as self._engine:
+            pass
 
     def score(self, requests: Sequence[ScoreRequest]) -> LogLikelihoods:
         """Sum and count of target log-probabilities, in input order.
@@ -116,14 +110,16 @@ class _Score(NamedTuple):
     sequences: list[list[int]]
     starts: list[int]
 
-    def answer(self, engine: Any) -> list[float]:
-        """One sum a sequence, nats."""
-        from vllm import SamplingParams, TokensPrompt
+    def requests(self) -> list[tuple[list[int], Any]]:
+        """Prompts alone, with the log-probabilities of their own tokens."""
+        from vllm import SamplingParams
 
         # 0: of the token that stands there alone.
         parameters = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
-        prompts = [TokensPrompt(prompt_token_ids=ids) for ids in self.sequences]
-        outputs = engine.generate(prompts, parameters, use_tqdm=False)
+        return [(ids, parameters) for ids in self.sequences]
+
+    def answer(self, outputs: list[Any]) -> list[float]:
+        """One sum a sequence, nats."""
         return [
             sum(float(output.prompt_logprobs[i][ids[i]].logprob) for i in range(start, len(ids)))
             for output, ids, start in zip(outputs, self.sequences, self.starts, strict=True)
@@ -136,15 +132,17 @@ class _First(NamedTuple):
     prompts: list[list[int]]
     chosen: list[int]
 
-    def answer(self, engine: Any) -> tuple[list[list[float]], list[int]]:
-        """[prompts, chosen] nats, and [prompts] ids."""
-        from vllm import SamplingParams, TokensPrompt
+    def requests(self) -> list[tuple[list[int], Any]]:
+        """One greedy token a prompt, with the log-probabilities of the chosen ids."""
+        from vllm import SamplingParams
 
         parameters = SamplingParams(
             max_tokens=1, temperature=0.0, logprob_token_ids=self.chosen, detokenize=False
         )
-        prompts = [TokensPrompt(prompt_token_ids=ids) for ids in self.prompts]
-        outputs = engine.generate(prompts, parameters, use_tqdm=False)
+        return [(ids, parameters) for ids in self.prompts]
+
+    def answer(self, outputs: list[Any]) -> tuple[list[list[float]], list[int]]:
+        """[prompts, chosen] nats, and [prompts] ids."""
         drawn = [output.outputs[0] for output in outputs]
         return (
             [[float(one.logprobs[0][token].logprob) for token in self.chosen] for one in drawn],

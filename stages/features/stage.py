@@ -37,7 +37,7 @@ class FeaturesStage:
     """
 
     name = "features"
-    version = 1
+    version = 2
     on_targets = True
 
     def __init__(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from stages.dictionary.settings import Part
 from stages.engines import MaskedSequence
-from stages.engines.tokens import PROMPT, RESPONSE, chat_tokens
+from stages.engines.tokens import PROMPT, RESPONSE, TEMPLATE, chat_tokens, start_ids
 from stages.errors import RowError
 from stages.rows import Message
 
@@ -23,7 +23,9 @@ def masked_sequence(
     """A conversation's ids under the chat template, and which of them are content to be read.
 
     The paper doesn't say which tokens it averages; template, special and padding tokens are left
-    out here because their residual norms dwarf those of content.
+    out here because their residual norms dwarf those of content. Most of all does the first
+    position's, whatever stands there: a conversation that would begin with content gets the start
+    token before it.
 
     Args:
         tokenizer: the model's.
@@ -35,8 +37,10 @@ def masked_sequence(
         RowError: no token of that part is left.
     """
     tokens = chat_tokens(tokenizer, messages)
-    ids = tokens.ids[:max_length]
-    keep = [p in _COUNTED[part] for p in tokens.parts[:max_length]]
+    start = start_ids(tokenizer) if tokens.parts[:1] != [TEMPLATE] else []
+    ids = [*start, *tokens.ids][:max_length]
+    parts = [*[TEMPLATE] * len(start), *tokens.parts][:max_length]
+    keep = [p in _COUNTED[part] for p in parts]
     if not any(keep):
         raise RowError(f"no_tokens: none of the {part} within {max_length} tokens")
     # Tokens after the last one that counts can't change it.

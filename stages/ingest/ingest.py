@@ -1,30 +1,61 @@
 """Sources and targets to shards of rows: every record becomes a row or a reject with its reason.
 
-Rows are in the order of the recipe's sources, each one's files and each file's records. Of exact
-duplicates (equal ids) the first is kept; rows of anchors go before all others, wherever the recipe
-names them, since the user trains on them already. Memory holds one shard and 16 bytes of id a row
-(with Python's overhead about 100).
+Rows are in the order of the recipe's sources, each one's files and each file's records. In turn,
+rows are rejected that
+
+1. overlap a target or an evaluation set (rows of anchors are not: they are trained on already);
+2. are exact duplicates (equal ids): the first is kept, and rows of anchors go before all others,
+   wherever the recipe names them;
+3. are near duplicates, where the recipe asks for it.
+
+Memory holds a batch of rows and a shard, the words of targets and evaluation sets (about 200 bytes
+each), and for each row 16 bytes of id (with Python's overhead about 110). Near duplicates add about
+40 bytes a row; rows are then first written to `scratch/`, which is removed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
+from stages.base import Each, in_turn
 from stages.errors import ConfigError, StageError
+from stages.ingest.contamination import first_overlaps, unseen_index, unseen_texts
+from stages.ingest.near_duplicates import found_near_duplicates, source_ranks
 from stages.ingest.parse import Reject, Row, iter_rows
 from stages.ingest.report import IngestReport, SourceReport
-from stages.ingest.settings import IngestSettings
-from stages.ingest.shards import Metadata, ShardWriter
-from stages.rows import REJECTS, ROWS, TARGETS
+from stages.ingest.settings import ContaminationSettings, IngestSettings, NearDuplicateSettings
+from stages.ingest.shards import Metadata, ShardWriter, table_of
+from stages.overlap import OverlapIndex
+from stages.rows import REJECTS, ROWS, TARGETS, canonical_json
 from stages.sources.catalogue import resolved
 from stages.sources.files import SourceFile, files_of
-from stages.sources.reasons import REASONS
+from stages.sources.readers import shown
+from stages.sources.reasons import NO_FAULT, REASONS
 from stages.sources.settings import Source, Target
 from stages.storage import Store
+from stages.words import IntArray
 
 REJECTS_PER_SHARD = 512
 """Rejects in a part, each with at most 10,000 characters of its text."""
+
+SCRATCH = "scratch"
+"""Folder of what is removed again."""
+
+_BATCH = 1024
+_SCRATCH_ROWS, _SCRATCH_CHARS = 8192, 16_000_000
+_SCRATCH_SCHEMA = ROWS.append(pa.field("chars", pa.int64())).append(
+    pa.field("end_markers", pa.bool_())
+)
+
+_Seen = dict[bytes, str]
+"""Ids of rows, and the source that holds each."""
 
 
 def ingest(
@@ -33,16 +64,20 @@ def ingest(
     settings: IngestSettings,
     store: Store,
     *,
+    contamination: ContaminationSettings | None = None,
     metadata: Metadata = None,
+    each: Each = in_turn,
 ) -> IngestReport:
     """Write `part-*.parquet`, `rejects/part-*.parquet` and `targets/part-00000.parquet`.
 
     Args:
         sources: pools and anchors, in the order of the recipe.
         targets: all go to one part, since they are few.
-        settings: sizes and limits.
+        settings: sizes, limits, near duplicates.
         store: the folder to write into; parts of an earlier run are overwritten, not removed.
+        contamination: what rows must not hold; unset: the targets.
         metadata: what goes into the footers, or a function of the file's name that gives it.
+        each: runs the tasks of the search for near duplicates.
 
     Returns:
         What became of the records of each source and target, and the parts written.
@@ -56,13 +91,31 @@ def ingest(
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ConfigError(f"{kind} {twice[0]} is named twice; names tell sources apart")
-    files = [files_of(source) for source in (*sources, *targets)]
-    return _Ingest(settings, store, metadata).run(sources, targets, files)
+    contamination = contamination or ContaminationSettings()
+    every = (*sources, *targets, *contamination.sets)
+    files = {id(one): files_of(one) for one in every}
+    job = _Ingest(sources, targets, settings, contamination, store, metadata, each, files)
+    try:
+        return job.run()
+    finally:
+        store.remove(SCRATCH)
 
 
 class _Ingest:
-    def __init__(self, settings: IngestSettings, store: Store, metadata: Metadata) -> None:
-        self._settings, self._store = settings, store
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        targets: Sequence[Target],
+        settings: IngestSettings,
+        contamination: ContaminationSettings,
+        store: Store,
+        metadata: Metadata,
+        each: Each,
+        files: Mapping[int, list[SourceFile]],
+    ) -> None:
+        self._sources, self._target_sources = sources, targets
+        self._settings, self._contamination = settings, contamination
+        self._store, self._each, self._files = store, each, files
         self._rows = ShardWriter(
             store,
             ROWS,
@@ -70,85 +123,178 @@ class _Ingest:
             max_rows=settings.rows_per_shard,
             max_chars=settings.max_chars_per_shard,
         )
+        self._scratch = ShardWriter(
+            store,
+            _SCRATCH_SCHEMA,
+            folder=SCRATCH,
+            max_rows=_SCRATCH_ROWS,
+            max_chars=_SCRATCH_CHARS,
+        )
         self._targets = ShardWriter(store, TARGETS, metadata, folder="targets")
         self._rejects = ShardWriter(
             store, REJECTS, metadata, folder="rejects", max_rows=REJECTS_PER_SHARD
         )
+        self._unseen: list[tuple[str, str]] = []
 
-    def run(
-        self,
-        sources: Sequence[Source],
-        targets: Sequence[Target],
-        files: Sequence[list[SourceFile]],
-    ) -> IngestReport:
+    def run(self) -> IngestReport:
         report = IngestReport()
         try:
-            anchored = self._ids_of_late_anchors(sources, files)
-            seen: set[bytes] = set()
-            for source, its in zip(sources, files[: len(sources)], strict=True):
-                earlier = set() if source.role == "anchor" else anchored
-                report.sources[source.name] = self._take(source, its, self._rows, seen, earlier)
-            seen = set()
-            for target, its in zip(targets, files[len(sources) :], strict=True):
-                report.targets[target.name] = self._take(target, its, self._targets, seen, set())
+            self._read_targets(report)
+            self._read_sources(report)
+            if self._settings.near_duplicates is not None:
+                self._scratch.flush()
+                self._without_near_duplicates(report, self._settings.near_duplicates)
         finally:
             # A person who reads that too much was rejected wants to see what.
             self._rejects.flush()
         self._rows.flush()
-        self._targets.flush()
         report.shards = self._rows.written
         report.target_shards = self._targets.written
         report.reject_shards = self._rejects.written
         return report
 
-    def _ids_of_late_anchors(
-        self, sources: Sequence[Source], files: Sequence[list[SourceFile]]
-    ) -> set[bytes]:
+    def _read_targets(self, report: IngestReport) -> None:
+        """Write the targets, and collect what rows must not hold."""
+        contamination = self._contamination
+        seen: _Seen = {}
+        for target in self._target_sources:
+            report.targets[target.name] = found = self._reported(target)
+            for rows in self._taken(target, found, seen, {}, None):
+                self._targets.add(table_of(rows, TARGETS))
+                if contamination.targets:
+                    self._collect(target.name, rows)
+        self._targets.flush()
+        for one in contamination.sets:
+            report.sets[one.name] = found = self._reported(one)
+            for rows in self._taken(one, found, None, {}, None):
+                self._collect(one.name, rows)
+
+    def _read_sources(self, report: IngestReport) -> None:
+        index = unseen_index(self._unseen, self._contamination)
+        anchored = self._ids_of_late_anchors()
+        near = self._settings.near_duplicates is not None
+        seen: _Seen = {}
+        for source in self._sources:
+            report.sources[source.name] = found = self._reported(source)
+            anchor = source.role == "anchor"
+            earlier: _Seen = {} if anchor else anchored
+            for rows in self._taken(source, found, seen, earlier, None if anchor else index):
+                chars = [row.chars for row in rows]
+                if near:
+                    self._scratch.add(table_of(rows, _SCRATCH_SCHEMA), chars)
+                else:
+                    self._rows.add(table_of(rows, ROWS), chars)
+
+    def _collect(self, name: str, rows: Sequence[Row]) -> None:
+        for row in rows:
+            texts = unseen_texts(row.messages, self._contamination.part)
+            self._unseen += [(name, text) for text in texts]
+
+    def _reported(self, source: Source) -> SourceReport:
+        return SourceReport([file.name for file in self._files[id(source)]])
+
+    def _ids_of_late_anchors(self) -> _Seen:
         """Ids of anchors that stand after a pool, which would else be seen too late."""
-        pools = [index for index, source in enumerate(sources) if source.role == "pool"]
-        first_pool = min(pools, default=len(sources))
+        pools = [index for index, source in enumerate(self._sources) if source.role == "pool"]
+        first_pool = min(pools, default=len(self._sources))
         return {
-            bytes.fromhex(row.id)
-            for index, source in enumerate(sources)
+            bytes.fromhex(row.id): source.name
+            for index, source in enumerate(self._sources)
             if source.role == "anchor" and index > first_pool
-            for row in iter_rows(source, self._settings, files[index])
+            for row in iter_rows(source, self._settings, self._files[id(source)])
             if isinstance(row, Row)
         }
 
-    def _take(
+    def _taken(
         self,
         source: Source,
-        files: list[SourceFile],
-        writer: ShardWriter,
-        seen: set[bytes],
-        earlier: set[bytes],
-    ) -> SourceReport:
-        """Write a source's rows; an id in `seen` or `earlier` is a duplicate."""
-        report = SourceReport([file.name for file in files])
+        report: SourceReport,
+        seen: _Seen | None,
+        earlier: _Seen,
+        index: OverlapIndex | None,
+    ) -> Iterator[list[Row]]:
+        """Batches of a source's rows that stay; the others are rejected.
+
+        Args:
+            source: what to read.
+            report: counts what became of its records.
+            seen: rows that stay, added to; None: duplicates stay too.
+            earlier: other rows of which there may be duplicates.
+            index: what rows must not hold.
+        """
         first: dict[str, Reject] = {}
-        for row in iter_rows(source, self._settings, files):
-            report.records += 1
-            reject = row if isinstance(row, Reject) else _duplicate(row, seen, earlier)
-            if reject is not None:
+        records = iter_rows(source, self._settings, self._files[id(source)])
+        while batch := list(islice(records, _BATCH)):
+            report.records += len(batch)
+            overlaps = first_overlaps(batch, index) if index else [None] * len(batch)
+            kept: list[Row] = []
+            rejects: list[Reject] = []
+            for record, overlap in zip(batch, overlaps, strict=True):
+                if isinstance(record, Reject):
+                    rejects.append(record)
+                elif overlap is not None:
+                    report.overlaps.setdefault(overlap.set, Counter())[overlap.kind] += 1
+                    reason = f"contaminated: {overlap.set}, {overlap.kind}"
+                    rejects.append(record.rejected(reason, overlap=overlap.text))
+                elif seen is not None and (of := _source_of(record, seen, earlier)) is not None:
+                    report.duplicate_of[of] += 1
+                    rejects.append(record.rejected(f"duplicate: {record.id}", kept=record.id))
+                else:
+                    if seen is not None:
+                        seen[bytes.fromhex(record.id)] = source.name
+                    report.keep(record)
+                    kept.append(record)
+            for reject in rejects:
                 report.reject(reject)
                 first.setdefault(reject.reason.partition(":")[0], reject)
-                self._rejects.add(_reject_columns(reject), len(reject.raw))
-            elif isinstance(row, Row):
-                seen.add(bytes.fromhex(row.id))
-                report.keep(row)
-                writer.add(_row_columns(row), row.chars)
-        self._check(source, files, report, first)
-        return report
+            self._rejects.add(table_of(rejects, REJECTS))
+            if kept:
+                yield kept
+        self._check(source, report, first)
 
-    def _check(
-        self,
-        source: Source,
-        files: list[SourceFile],
-        report: SourceReport,
-        first: dict[str, Reject],
+    def _without_near_duplicates(
+        self, report: IngestReport, settings: NearDuplicateSettings
     ) -> None:
-        kind = "target" if isinstance(source, Target) else "source"
-        who = f"{kind} {source.name}"
+        """Write the rows in `scratch/` to shards, but for near duplicates, which are rejected."""
+        scratch = self._store.child(SCRATCH)
+        parts = [(name.partition("/")[2], rows) for name, rows in self._scratch.written]
+        ranks = source_ranks(self._sources, settings)
+        found = found_near_duplicates(scratch, parts, settings, ranks, self._each)
+        stay = _named_rows(scratch, parts, np.unique(found.kept))
+        start = 0
+        for part, rows in parts:
+            table = scratch.read_table(part)
+            table = table.set_column(
+                table.schema.get_field_index("source"),
+                "source",
+                table["source"].cast(pa.string()),
+            )
+            first, end = np.searchsorted(found.rows, (start, start + rows))
+            dropped = found.rows[first:end] - start
+            mask = np.ones(rows, dtype=bool)
+            mask[dropped] = False
+            rest = table.filter(pa.array(mask))
+            self._rows.add(rest, rest["chars"].to_pylist())
+            rejects = []
+            for row, kept, similarity in zip(
+                table.take(pa.array(dropped)).to_pylist(),
+                found.kept[first:end].tolist(),
+                found.similarity[first:end].tolist(),
+                strict=True,
+            ):
+                of, name = stay[kept]
+                reject = _near_duplicate(row, of, similarity)
+                report.sources[row["source"]].drop_near_duplicate(
+                    name, end_markers=row["end_markers"], answered=row["answer"] is not None
+                )
+                rejects.append(reject)
+            self._rejects.add(table_of(rejects, REJECTS))
+            start += rows
+        for source in self._sources:
+            self._check_rows_left(source, report.sources[source.name])
+
+    def _check(self, source: Source, report: SourceReport, first: Mapping[str, Reject]) -> None:
+        who = f"{self._kind(source)} {source.name}"
         if report.records != report.kept + report.rejected.total():
             raise StageError(
                 f"{who}: {report.records} records came in, but {report.kept} were kept and "
@@ -158,44 +304,92 @@ class _Ingest:
         if report.records == 0:
             part = f" in rows {list(source.rows)}" if source.rows else ""
             raise ConfigError(f"{who}: {source.path} holds no record{part}")
-        counts = ", ".join(f"{code} {count}" for code, count in report.rejected.most_common())
-        bad = report.rejected.total() - report.rejected["duplicate"]
-        limit = self._limit(source, files)
-        if bad > limit * report.records:
-            code = next(c for c, _ in report.rejected.most_common() if c != "duplicate")
+        bad = {c: n for c, n in report.rejected.most_common() if c not in NO_FAULT}
+        rejected = sum(bad.values())
+        limit = self._limit(source)
+        if rejected > limit * report.records:
+            code = next(iter(bad))
             example = first[code]
             raise StageError(
-                f"{who}: {bad} of {report.records} records are rejected "
-                f"({bad / report.records:.1%}), more than max_reject_rate {limit:g}: {counts}. "
-                f"{code}: {REASONS[code]}. The first is record {example.record} of {example.file} "
-                f"({example.reason}); all are in {self._store.url}/rejects. Mend the {kind}, or "
-                "raise its max_reject_rate",
+                f"{who}: {rejected} of {report.records} records are rejected "
+                f"({rejected / report.records:.1%}), more than max_reject_rate {limit:g}: "
+                f"{report.counts}. {code}: {REASONS[code]}. The first is record {example.record} "
+                f"of {example.file} ({example.reason}); all are in {self._store.url}/rejects. Mend "
+                f"the {self._kind(source)}, or raise its max_reject_rate",
                 stage="ingest",
             )
-        if report.kept == 0:
-            raise StageError(
-                f"{who}: every one of its {report.records} rows is a duplicate or rejected: "
-                f"{counts}. Remove it from the recipe"
-                + (", or put it before the one that repeats it" if kind == "source" else ""),
-                stage="ingest",
-            )
+        self._check_rows_left(source, report)
 
-    def _limit(self, source: Source, files: list[SourceFile]) -> float:
+    def _check_rows_left(self, source: Source, report: SourceReport) -> None:
+        if report.kept:
+            return
+        kind = self._kind(source)
+        remedy = f"Remove it from the recipe, or mend the {kind}"
+        if kind == "source" and any(report.rejected[code] for code in NO_FAULT):
+            if self._settings.allow_empty_sources:
+                return
+            remedy = (
+                "Remove it from the recipe, put it before the one that repeats it, or set "
+                "ingest.allow_empty_sources: true"
+            )
+        raise StageError(
+            f"{kind} {source.name}: every one of its {report.records} rows is rejected: "
+            f"{report.counts}. {remedy}",
+            stage="ingest",
+        )
+
+    def _kind(self, source: Source) -> str:
+        if not isinstance(source, Target):
+            return "source"
+        ours = any(source is one for one in self._contamination.sets)
+        return "evaluation set" if ours else "target"
+
+    def _limit(self, source: Source) -> float:
         if source.max_reject_rate is not None:
             return source.max_reject_rate
+        files = self._files[id(source)]
         known = [resolved(source, file.url).max_reject_rate for file in files]
         return max([rate for rate in known if rate is not None] + [self._settings.max_reject_rate])
 
 
-def _duplicate(row: Row, seen: set[bytes], earlier: set[bytes]) -> Reject | None:
+def _source_of(row: Row, seen: _Seen, earlier: _Seen) -> str | None:
+    """The source of an equal row that stays, or None."""
     key = bytes.fromhex(row.id)
-    return row.rejected(f"duplicate: {row.id}") if key in seen or key in earlier else None
+    return seen.get(key) or earlier.get(key)
 
 
-def _row_columns(row: Row) -> dict[str, Any]:
-    columns: dict[str, Any] = {name: getattr(row, name) for name in ROWS.names}
-    return columns if row.task is None else {**columns, "task": row.task}
+def _named_rows(
+    store: Store, parts: Sequence[tuple[str, int]], numbers: IntArray
+) -> dict[int, tuple[str, str]]:
+    """Id and source of the rows with these numbers over all shards, sorted."""
+    found: dict[int, tuple[str, str]] = {}
+    start = 0
+    for part, rows in parts:
+        first, end = np.searchsorted(numbers, (start, start + rows))
+        if first < end:
+            table = store.read_table(part, ["id", "source"])
+            mine = table.take(pa.array(numbers[first:end] - start))
+            named = zip(mine["id"].to_pylist(), mine["source"].to_pylist(), strict=True)
+            found.update(zip(numbers[first:end].tolist(), named, strict=True))
+        start += rows
+    return found
 
 
-def _reject_columns(reject: Reject) -> dict[str, Any]:
-    return {name: getattr(reject, name) for name in REJECTS.names}
+def _near_duplicate(row: Mapping[str, Any], of: str, similarity: float) -> Reject:
+    """A scratch row as a reject; its text is the row as JSON, since the record's isn't held."""
+    turns = [
+        {name: value for name, value in turn.items() if value is not None}
+        for turn in row["messages"]
+    ]
+    said: dict[str, Any] = {"messages": turns}
+    if row["tools"] is not None:
+        said["tools"] = row["tools"]
+    return Reject(
+        source=row["source"],
+        file=row["file"],
+        record=row["record"],
+        reason=f"near_duplicate: of {of} (Jaccard {math.floor(100 * similarity) / 100:.2f})",
+        raw=shown(canonical_json(said)),
+        id=row["id"],
+        kept=of,
+    )

@@ -42,9 +42,13 @@ class Row:
     task: str | None
     origin: Record = field(repr=False)
 
-    def rejected(self, reason: str) -> Reject:
+    def rejected(
+        self, reason: str, *, kept: str | None = None, overlap: str | None = None
+    ) -> Reject:
         """The row as a reject."""
-        return Reject(self.source, self.file, self.record, reason, self.origin.raw)
+        return Reject(
+            self.source, self.file, self.record, reason, self.origin.raw, self.id, kept, overlap
+        )
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,9 @@ class Reject:
     record: int
     reason: str
     raw: str
+    id: str | None = None
+    kept: str | None = None
+    overlap: str | None = None
 
 
 def iter_rows(

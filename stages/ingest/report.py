@@ -24,6 +24,9 @@ class SourceReport:
         answers: rows kept that have a reference answer.
         damaged_files: files whose rest could not be read: more records may be lost than counted.
         tasks: a target's rows by task.
+        duplicate_of: exact duplicates by the source of the row that stays.
+        near_duplicate_of: near duplicates by the source of the row that stays.
+        overlaps: contaminated rows by target or evaluation set, and how they overlap it.
     """
 
     files: list[str]
@@ -34,6 +37,9 @@ class SourceReport:
     answers: int = 0
     damaged_files: list[str] = field(default_factory=list)
     tasks: Counter[str] = field(default_factory=Counter)
+    duplicate_of: Counter[str] = field(default_factory=Counter)
+    near_duplicate_of: Counter[str] = field(default_factory=Counter)
+    overlaps: dict[str, Counter[str]] = field(default_factory=dict)
 
     def keep(self, row: Row) -> None:
         """Count a row that is written."""
@@ -52,6 +58,25 @@ class SourceReport:
         if code == "damaged_file":
             self.damaged_files.append(reject.file)
 
+    def drop_near_duplicate(self, of: str, *, end_markers: bool, answered: bool) -> None:
+        """Count a row that was kept as a near duplicate of a source's row instead.
+
+        Args:
+            of: the source of the row that stays.
+            end_markers: whether it counts in `end_markers`.
+            answered: whether it counts in `answers`.
+        """
+        self.kept -= 1
+        self.end_markers -= end_markers
+        self.answers -= answered
+        self.rejected["near_duplicate"] += 1
+        self.near_duplicate_of[of] += 1
+
+    @property
+    def counts(self) -> str:
+        """Rejects by code, most first, as text."""
+        return ", ".join(f"{code} {count}" for code, count in self.rejected.most_common())
+
     def as_dict(self) -> dict[str, Any]:
         """The numbers as JSON values; `in` is `kept` plus all that is in `rejected`."""
         numbers: dict[str, Any] = {
@@ -62,16 +87,22 @@ class SourceReport:
             "answers": self.answers,
             "files": self.files,
             "damaged_files": self.damaged_files,
+            "duplicate_of": dict(sorted(self.duplicate_of.items())),
+            "near_duplicate_of": dict(sorted(self.near_duplicate_of.items())),
+            "overlaps": {
+                name: dict(sorted(kinds.items())) for name, kinds in sorted(self.overlaps.items())
+            },
         }
         return {**numbers, "tasks": dict(sorted(self.tasks.items()))} if self.tasks else numbers
 
 
 @dataclass
 class IngestReport:
-    """What ingest did: by source and target, and the shards it wrote."""
+    """What ingest did: by source, target and evaluation set, and the shards it wrote."""
 
     sources: dict[str, SourceReport] = field(default_factory=dict)
     targets: dict[str, SourceReport] = field(default_factory=dict)
+    sets: dict[str, SourceReport] = field(default_factory=dict)
     shards: list[tuple[str, int]] = field(default_factory=list)
     target_shards: list[tuple[str, int]] = field(default_factory=list)
     reject_shards: list[tuple[str, int]] = field(default_factory=list)
@@ -104,6 +135,7 @@ class IngestReport:
         return {
             "sources": {name: report.as_dict() for name, report in self.sources.items()},
             "targets": {name: report.as_dict() for name, report in self.targets.items()},
+            "evaluation_sets": {name: report.as_dict() for name, report in self.sets.items()},
             "tasks": self.tasks,
             "totals": self.totals(),
             "shards": [list(shard) for shard in self.shards],

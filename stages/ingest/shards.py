@@ -2,15 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import pyarrow as pa
 
+from stages.rows import MESSAGES
 from stages.storage import Store
 
 Metadata = Mapping[str, str] | Callable[[str], Mapping[str, str]] | None
 """What goes into the footers of files: the same for all, or by file name."""
+
+
+def table_of(records: Sequence[Any], schema: pa.Schema) -> pa.Table:
+    """Records as a table; a column is the attribute of its name.
+
+    Labels are plain strings: a part's dictionary holds what stands in that part, whatever tables it
+    was made of.
+    """
+    columns = []
+    for field in schema:
+        values = [getattr(record, field.name) for record in records]
+        label = pa.types.is_dictionary(field.type)
+        columns.append(
+            _messages(values)
+            if field.type == MESSAGES
+            else pa.array(values, pa.string() if label else field.type)
+        )
+    return pa.table(columns, names=schema.names)
+
+
+def _messages(conversations: Sequence[Sequence[Mapping[str, Any]]]) -> pa.ListArray:
+    # From flat columns: three times as fast as from lists of dicts.
+    turns = [turn for turns in conversations for turn in turns]
+    fields = MESSAGES.value_type.fields
+    columns = [pa.array([turn.get(field.name) for turn in turns], field.type) for field in fields]
+    offsets = pa.array([0, *accumulate(map(len, conversations))], pa.int32())
+    flat = pa.StructArray.from_arrays(columns, fields=fields)
+    return pa.ListArray.from_arrays(offsets, flat).cast(MESSAGES)
 
 
 class ShardWriter:
@@ -24,7 +54,7 @@ class ShardWriter:
         self,
         store: Store,
         schema: pa.Schema,
-        metadata: Metadata,
+        metadata: Metadata = None,
         *,
         folder: str = "",
         max_rows: int | None = None,
@@ -34,26 +64,36 @@ class ShardWriter:
         self._store, self._schema, self._metadata = store, schema, metadata
         self._prefix = f"{folder}/" if folder else ""
         self._max_rows, self._max_chars = max_rows, max_chars
-        self._rows: list[dict[str, Any]] = []
-        self._chars = 0
+        self._tables: list[pa.Table] = []
+        self._rows = self._chars = 0
         self.written: list[tuple[str, int]] = []
 
-    def add(self, row: dict[str, Any], chars: int) -> None:
-        """Put a row into the current part, or into a new one where it is full."""
-        full = self._max_rows is not None and len(self._rows) >= self._max_rows
-        long = self._max_chars is not None and self._chars + chars > self._max_chars
-        if self._rows and (full or long):
-            self.flush()
-        self._rows.append(row)
-        self._chars += chars
+    def add(self, rows: pa.Table, chars: Sequence[int] | None = None) -> None:
+        """Put rows into the current part, and into new ones where it is full.
+
+        Args:
+            rows: with the schema's columns, labels as plain strings or not.
+            chars: characters of each row, where parts are bounded by them.
+        """
+        start = 0
+        for place in range(rows.num_rows):
+            length = chars[place] if chars is not None else 0
+            full = self._max_rows is not None and self._rows >= self._max_rows
+            long = self._max_chars is not None and self._chars + length > self._max_chars
+            if self._rows and (full or long):
+                self._tables.append(rows.slice(start, place - start))
+                self.flush()
+                start = place
+            self._rows += 1
+            self._chars += length
+        self._tables.append(rows.slice(start))
 
     def flush(self) -> None:
         """Write the current part, unless it is empty."""
-        if not self._rows:
-            return
-        name = f"{self._prefix}part-{len(self.written):05d}.parquet"
-        pairs = self._metadata(name) if callable(self._metadata) else self._metadata
-        table = pa.Table.from_pylist(self._rows, schema=self._schema)
-        self._store.write_table(name, table, pairs)
-        self.written.append((name, len(self._rows)))
-        self._rows, self._chars = [], 0
+        if self._rows:
+            name = f"{self._prefix}part-{len(self.written):05d}.parquet"
+            pairs = self._metadata(name) if callable(self._metadata) else self._metadata
+            table = pa.concat_tables(self._tables).select(self._schema.names)
+            self._store.write_table(name, table.combine_chunks().cast(self._schema), pairs)
+            self.written.append((name, self._rows))
+        self._tables, self._rows, self._chars = [], 0, 0

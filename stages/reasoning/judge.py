@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
-from stages.engines import GenerationRequest, Sampling, TextGenerator
+from stages.engines import Completion, Sampling
+from stages.engines.chat import ChatFailure, ChatRequest, chat_generator
 from stages.engines.settings import ModelSettings
-from stages.engines.tokens import chat_tokens
 from stages.errors import RowError
 from stages.reasoning.prompts import judge_prompt
 from stages.reasoning.settings import ReasoningSettings
-from stages.reasoning.verdicts import StepVerdict, step_verdicts
-from stages.rows import key_hash
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from stages.reasoning.verdicts import JudgeReply, StepVerdict, step_verdicts
+from stages.rows import canonical_json, key_hash
 
 
 class Trace(NamedTuple):
@@ -30,19 +27,13 @@ class Judge:
     """Asks for verdicts; every window of every row goes in one call."""
 
     def __init__(
-        self,
-        engine: TextGenerator,
-        tokenizer: PreTrainedTokenizerBase,
-        model: ModelSettings,
-        settings: ReasoningSettings,
-        seed: int,
+        self, engine: Any, model: ModelSettings, settings: ReasoningSettings, seed: int
     ) -> None:
         """Keep the engine, and how it is asked."""
-        self._engine = engine
-        self._tokenizer = tokenizer
-        self._model = model
+        self._chat = chat_generator(engine, model)
         self._settings = settings
-        self._sampling = Sampling(settings.max_new_tokens, settings.temperature)
+        schema = canonical_json(JudgeReply.model_json_schema()) if model.takes_schema else None
+        self._sampling = Sampling(settings.max_new_tokens, settings.temperature, schema=schema)
         self._seed = seed
 
     async def verdicts(self, traces: Sequence[Trace]) -> list[list[StepVerdict] | RowError]:
@@ -50,45 +41,33 @@ class Judge:
 
         A row of which one window can't be asked, or has an unreadable reply, has no verdicts.
         """
-        asked = [self._requests(trace) for trace in traces]
-        flat = [pair for pairs in asked if not isinstance(pairs, RowError) for pair in pairs]
-        requests = [request for request, _ in flat]
-        replies = iter(await self._engine.generate(requests, self._sampling) if flat else [])
+        asked = [windows(len(trace.steps), self._settings.window_steps) for trace in traces]
+        requests = [
+            self._request(trace, number, window)
+            for trace, found in zip(traces, asked, strict=True)
+            for number, window in enumerate(found)
+        ]
+        replies = iter(await self._chat.chat(requests, self._sampling) if requests else [])
         results: list[list[StepVerdict] | RowError] = []
-        for pairs in asked:
-            if isinstance(pairs, RowError):
-                results.append(pairs)
-                continue
+        for found in asked:
             # Taken whether readable or not, so that the next row meets its own replies.
-            answered = [(next(replies), window) for _, window in pairs]
+            answered = [(next(replies), window) for window in found]
             try:
-                results.append([verdict for pair in answered for verdict in step_verdicts(*pair)])
+                results.append([verdict for pair in answered for verdict in _verdicts(*pair)])
             except RowError as error:
                 results.append(error)
         return results
 
-    def _requests(self, trace: Trace) -> list[tuple[GenerationRequest, range]] | RowError:
-        """One request a window, or why the row can't be asked about."""
-        try:
-            return [
-                (self._request(trace, number, window), window)
-                for number, window in enumerate(
-                    windows(len(trace.steps), self._settings.window_steps)
-                )
-            ]
-        except RowError as error:
-            return error
-
-    def _request(self, trace: Trace, number: int, window: range) -> GenerationRequest:
+    def _request(self, trace: Trace, number: int, window: range) -> ChatRequest:
         prompt = judge_prompt(trace.problem, trace.steps, window, self._settings.opening_characters)
-        ids = chat_tokens(self._tokenizer, prompt, open_turn=True).ids
-        new = self._sampling.max_new_tokens
-        if len(ids) + new > self._model.max_length:
-            raise RowError(
-                f"prompt_too_long: {len(ids)} tokens and {new} new ones exceed the judge's "
-                f"{self._model.max_length}; lower window_steps or opening_characters"
-            )
-        return GenerationRequest(ids, key_hash(f"{trace.id}:reasoning:{number}", self._seed))
+        return ChatRequest(prompt, key_hash(f"{trace.id}:reasoning:{number}", self._seed))
+
+
+def _verdicts(reply: Completion | ChatFailure, window: range) -> list[StepVerdict]:
+    if isinstance(reply, Completion):
+        return step_verdicts(reply, window)
+    remedy = "; lower window_steps or opening_characters"
+    raise RowError(f"{reply}{remedy if reply.code == 'prompt_too_long' else ''}")
 
 
 def windows(steps: int, at_most: int) -> list[range]:

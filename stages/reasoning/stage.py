@@ -64,18 +64,20 @@ class ReasoningStage:
         self.settings = settings
         self._judge = models[settings.judge]
         self._seed = seed
-        if settings.max_new_tokens >= self._judge.max_length:
+        if self._judge.endpoint is None and settings.max_new_tokens >= self._judge.max_length:
             raise ConfigError(
                 f"reasoning.max_new_tokens: {settings.max_new_tokens} leaves no room for a prompt "
                 f"in models.{settings.judge}.max_length={self._judge.max_length}"
             )
 
     def check(self) -> None:
-        """See that verdicts on a full window fit into a reply.
+        """See that verdicts on a full window fit into a reply (an endpoint has no tokenizer here).
 
         Raises:
             ConfigError: the shortest form of such a reply is longer than `max_new_tokens`.
         """
+        if self._judge.endpoint is not None:
+            return
         count = self.settings.window_steps
         verdicts = [{"step": i + 1, "kind": "review", "failed": True} for i in range(count)]
         shortest = text_ids(cached_tokenizer(self._judge), canonical_json({"steps": verdicts}))
@@ -92,7 +94,8 @@ class ReasoningStage:
 
     def engines(self) -> Mapping[str, EngineSpec]:
         """The judge writes verdicts."""
-        return {"judge": EngineSpec("generator", self.settings.judge, self._judge)}
+        judge = EngineSpec("generator", self.settings.judge, self._judge, asks="messages")
+        return {"judge": judge}
 
     def artifacts(self) -> tuple[str, ...]:
         """None."""
@@ -123,13 +126,7 @@ class ReasoningStage:
                 record["reasoning_status"] = "short: fewer than min_steps"
             else:
                 judged.append((record, trace))
-        judge = Judge(
-            engines["judge"],
-            cached_tokenizer(self._judge),
-            self._judge,
-            self.settings,
-            self._seed,
-        )
+        judge = Judge(engines["judge"], self._judge, self.settings, self._seed)
         verdicts = await judge.verdicts([trace for _, trace in judged])
         for (record, trace), found in zip(judged, verdicts, strict=True):
             record |= _structure(trace.steps, found)

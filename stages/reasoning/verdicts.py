@@ -51,11 +51,14 @@ def step_verdicts(reply: Completion, window: range) -> list[StepVerdict]:
         window: indices of the steps that it was asked about, counted from 0.
 
     Raises:
-        RowError: `truncated`, where the reply reached its limit; `unreadable_verdict`, where it
-            isn't the object asked for or doesn't have every step exactly once.
+        RowError: `truncated`, where the reply reached its limit; `content_filter`, where an
+            endpoint's filter ended it; `unreadable_verdict`, where it isn't the object asked for or
+            doesn't have every step exactly once.
     """
     asked = range(window.start + 1, window.stop + 1)
     about = f"the reply on steps {asked.start} to {asked.stop - 1}"
+    if reply.finish_reason == "content_filter":
+        raise RowError(f"content_filter: the endpoint's filter ended {about}")
     if reply.finish_reason == "length":
         raise RowError(f"truncated: {about} reached max_new_tokens")
     text = _THINKING.sub("", reply.text, count=1).strip()

@@ -1,4 +1,4 @@
-r"""Which text stands: the student's verdict on a rewrite. Pure functions of losses.
+r"""Which text stands: the student's verdict on a rewrite. Pure functions of losses and scores.
 
 A rewrite stands only where both texts have finite scores and it is better by more than the margin;
 whatever goes wrong keeps the text that is there.
@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 if TYPE_CHECKING:
     from stages.difficulty.losses import InstructionLoss, ResponseLoss
 
-Reason = Literal["accepted", "rejected_by_student", "tie", "misaligned", "too_long", "unscored"]
+Reason = Literal[
+    "accepted", "rejected_by_student", "tie", "misaligned", "uninformative", "too_long", "unscored"
+]
+VersionName = Literal["none", "instruction", "response", "both"]
+"""Which texts of an exchange are the teacher's."""
 
 
 class Choice(NamedTuple):
@@ -20,6 +24,9 @@ class Choice(NamedTuple):
 
     accepted: bool
     reason: Reason
+
+
+ACCEPTED = Choice(True, "accepted")
 
 
 def choose_instruction(
@@ -100,6 +107,103 @@ def unfit_pair(
     return None
 
 
+class Scores(NamedTuple):
+    """IFD and r-IFD of one version of a row; None (or NaN) where it has none."""
+
+    ifd: float | None
+    rifd: float | None
+
+
+class GridChoice(NamedTuple):
+    """The version that stands, and the verdicts on its instruction and its response."""
+
+    version: VersionName
+    instruction: Reason
+    response: Reason
+
+
+def choose_in_grid(
+    original: Scores,
+    instruction: Scores | None,
+    response: Scores | None,
+    both: Scores | None,
+    *,
+    margin: float = 0.0,
+    max_ifd: float | None = 1.0,
+    max_rifd: float | None = 1.0,
+) -> GridChoice:
+    r"""Of four versions of a row, the one that the released selection takes.
+
+    With ori the original, Q the teacher's pair, A the teacher's response to the original
+    instruction, and QA its response to the instruction of Q:
+
+    .. math::
+        (b, c) = \begin{cases}
+            (Q, QA) & \mathrm{IFD}(Q) > \mathrm{IFD}(ori) \\
+            (ori, A) & \text{else}
+        \end{cases}
+        \qquad
+        c \text{ is kept} \iff
+        \mathrm{rIFD}(c) < \mathrm{rIFD}(b) \wedge \mathrm{rIFD}(c) < 1 \wedge \mathrm{IFD}(c) < 1
+
+    Comparisons are strict and false for a score that isn't there, so ties and failures keep what
+    there is. Where c isn't kept the released code drops the row; here Q stands where it won and its
+    own IFD is below the limit, else the original.
+
+    Args:
+        original: scores of ori.
+        instruction: of Q; None where there is no such text, as for the other two.
+        response: of A.
+        both: of QA.
+        margin: nats per token by which a ratio must differ.
+        max_ifd: limit on IFD; None: none.
+        max_rifd: limit on r-IFD; None: none.
+
+    Source: the selection script released with Selective Reflection-Tuning; the paper has neither
+    limit.
+    """
+    pair = instruction or Scores(None, None)
+    harder = _less(original.ifd, pair.ifd, margin)
+    base, candidate = (pair, both) if harder else (original, response)
+    candidate = candidate or Scores(None, None)
+    judged = _verdict(candidate.rifd, base.rifd, margin)
+    if judged == "accepted" and not _below(candidate.rifd, max_rifd):
+        judged = "uninformative"
+    if judged == "accepted" and not _below(candidate.ifd, max_ifd):
+        judged = "misaligned" if _known(candidate.ifd) else "unscored"
+    if not harder:
+        lost = _verdict(original.ifd, pair.ifd, margin)
+        return GridChoice("response" if judged == "accepted" else "none", lost, judged)
+    if judged == "accepted":
+        return GridChoice("both", "accepted", judged)
+    if _below(pair.ifd, max_ifd):
+        return GridChoice("instruction", "accepted", judged)
+    return GridChoice("none", "misaligned", judged)
+
+
+def _verdict(lower: float | None, higher: float | None, margin: float) -> Reason:
+    """Whether the first score is lower by more than the margin, and else why not."""
+    if not (_known(lower) and _known(higher)):
+        return "unscored"
+    if _less(lower, higher, margin):
+        return "accepted"
+    return "rejected_by_student" if _less(higher, lower, margin) else "tie"
+
+
+def _less(lower: float | None, higher: float | None, margin: float) -> bool:
+    """Whether a ratio is below another by more than the margin in its logarithm."""
+    return lower is not None and higher is not None and lower * math.exp(margin) < higher
+
+
+def _below(score: float | None, limit: float | None) -> bool:
+    """Whether a score is there and below its limit."""
+    return score is not None and score < (math.inf if limit is None else limit)
+
+
+def _known(score: float | None) -> bool:
+    return score is not None and not math.isnan(score)
+
+
 def _log_ifd(losses: ResponseLoss) -> float:
     return losses.given_prompt - losses.alone
 
@@ -107,4 +211,4 @@ def _log_ifd(losses: ResponseLoss) -> float:
 def _by_gain(gain: float, margin: float) -> Choice:
     if abs(gain) <= margin:
         return Choice(False, "tie")
-    return Choice(True, "accepted") if gain > 0 else Choice(False, "rejected_by_student")
+    return ACCEPTED if gain > 0 else Choice(False, "rejected_by_student")

@@ -11,24 +11,25 @@ import json
 import re
 from typing import Any, Literal, NamedTuple
 
-from stages.reflection.prompts import INSTRUCTION_TAG, RESPONSE_TAG, STAND_INS, own_texts
-from stages.reflection.settings import Reply
+from stages.engines import FinishReason
+from stages.engines.chat import ChatCode
+from stages.reflection.prompts import INSTRUCTION_TAG, RESPONSE_TAG, Prompts, squeezed
+from stages.reflection.settings import Form
 
-FailureCode = Literal[
-    "truncated",
-    "missing_tag",
-    "repeated_tag",
-    "invalid_json",
-    "invalid_unicode",
-    "empty",
-    "placeholder",
-    "refusal",
-    "copied_prompt",
-    "unchanged",
-    "prompt_too_long",
-    "chat_template",
-]
-FinishReason = Literal["stop", "length"]
+FailureCode = (
+    ChatCode
+    | Literal[
+        "truncated",
+        "unclear_thinking",
+        "missing_tag",
+        "repeated_tag",
+        "invalid_json",
+        "empty",
+        "placeholder",
+        "copied_prompt",
+        "unchanged",
+    ]
+)
 
 
 class Rewrite(NamedTuple):
@@ -39,14 +40,18 @@ class Rewrite(NamedTuple):
 
 
 class ParseFailure(NamedTuple):
-    """Why there is no rewrite; the last two codes are of prompts that weren't sent."""
+    """Why there is no rewrite: what the reply lacks, or why there is none (`ChatCode`)."""
 
     code: FailureCode
     detail: str
 
 
 def parse_instruction_reply(
-    text: str, finish_reason: FinishReason, reply: Literal["tagged", "json"], original: Rewrite
+    text: str,
+    finish_reason: FinishReason,
+    reply: Literal["tagged", "json"],
+    original: Rewrite,
+    prompts: Prompts,
 ) -> Rewrite | ParseFailure:
     """Phase 1: a new instruction and its response, both or neither.
 
@@ -55,8 +60,9 @@ def parse_instruction_reply(
         finish_reason: why it ended; `length` is a failure in every form.
         reply: the form that was asked for (`whole` takes two calls, see the functions below).
         original: what the teacher was shown.
+        prompts: what it was asked with.
     """
-    parts = _parts(text, finish_reason, reply, (INSTRUCTION_TAG, RESPONSE_TAG))
+    parts = _parts(text, finish_reason, reply, (INSTRUCTION_TAG, RESPONSE_TAG), prompts)
     if isinstance(parts, ParseFailure):
         return parts
     new = Rewrite(*parts)
@@ -68,10 +74,10 @@ def parse_instruction_reply(
 
 
 def parse_whole_instruction(
-    text: str, finish_reason: FinishReason, original: Rewrite
+    text: str, finish_reason: FinishReason, original: Rewrite, prompts: Prompts
 ) -> str | ParseFailure:
     """Phase 1 with `whole` replies, first call: the reply is the new instruction."""
-    parts = _parts(text, finish_reason, "whole", (INSTRUCTION_TAG,))
+    parts = _parts(text, finish_reason, "whole", (INSTRUCTION_TAG,), prompts)
     if isinstance(parts, ParseFailure):
         return parts
     (new,) = parts
@@ -79,10 +85,10 @@ def parse_whole_instruction(
 
 
 def parse_whole_answer(
-    text: str, finish_reason: FinishReason, instruction: str
+    text: str, finish_reason: FinishReason, instruction: str, prompts: Prompts
 ) -> str | ParseFailure:
     """Phase 1 with `whole` replies, second call: the reply is the answer to the new instruction."""
-    parts = _parts(text, finish_reason, "whole", (RESPONSE_TAG,))
+    parts = _parts(text, finish_reason, "whole", (RESPONSE_TAG,), prompts)
     if isinstance(parts, ParseFailure):
         return parts
     (new,) = parts
@@ -90,7 +96,7 @@ def parse_whole_answer(
 
 
 def parse_response_reply(
-    text: str, finish_reason: FinishReason, reply: Reply, original: Rewrite
+    text: str, finish_reason: FinishReason, reply: Form, original: Rewrite, prompts: Prompts
 ) -> str | ParseFailure:
     """Phase 2: a new response to the same instruction.
 
@@ -99,8 +105,9 @@ def parse_response_reply(
         finish_reason: why it ended; `length` is a failure in every form.
         reply: the form that was asked for.
         original: what the teacher was shown.
+        prompts: what it was asked with.
     """
-    parts = _parts(text, finish_reason, reply, (RESPONSE_TAG,))
+    parts = _parts(text, finish_reason, reply, (RESPONSE_TAG,), prompts)
     if isinstance(parts, ParseFailure):
         return parts
     (new,) = parts
@@ -108,14 +115,23 @@ def parse_response_reply(
 
 
 def _parts(
-    text: str, finish_reason: FinishReason, reply: Reply, names: tuple[str, ...]
+    text: str,
+    finish_reason: FinishReason,
+    reply: Form,
+    names: tuple[str, ...],
+    prompts: Prompts,
 ) -> list[str] | ParseFailure:
     """The named parts of a reply, each usable by itself."""
+    if finish_reason == "content_filter":
+        return ParseFailure("content_filter", "the endpoint's filter ended the reply")
     if finish_reason != "stop":
         return ParseFailure("truncated", "the reply reached max_new_tokens")
     if not _encodes(text):
         return ParseFailure("invalid_unicode", "the reply holds half a surrogate pair")
-    text = _THINKING.sub("", text, count=1).strip()
+    spoken = _after_thinking(text.replace("\r\n", "\n"))
+    if spoken is None:
+        return ParseFailure("unclear_thinking", "where the reasoning ends can't be told")
+    text = spoken.strip()
     if not text:
         return ParseFailure("empty", "the reply is empty")
     if _REFUSAL.match(text):
@@ -127,7 +143,7 @@ def _parts(
     if isinstance(parts, ParseFailure):
         return parts
     parts = [part.strip() for part in parts]
-    problems = [problem for part in parts if (problem := _unusable(part))]
+    problems = [problem for part in parts if (problem := _unusable(part, prompts))]
     return problems[0] if problems else parts
 
 
@@ -176,8 +192,22 @@ def _single_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-_THINKING = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
-"""The reasoning that some models write before their reply."""
+def _after_thinking(text: str) -> str | None:
+    """A reply without the reasoning that some models write first; None where it isn't clear.
+
+    A chat template may have opened the reasoning already, so that only its end, alone on a line, is
+    in the reply.
+    """
+    before, closed, after = text.partition("</think>")
+    if text.lstrip().startswith("<think>"):
+        return after if closed else None
+    if not closed or "<think>" in before:
+        return text
+    alone = _LINE_START.search(before) and _LINE_END.match(after)
+    return after if alone else None
+
+
+_LINE_START, _LINE_END = re.compile(r"(?:\A|\n)[ \t]*\Z"), re.compile(r"[ \t]*(?:\n|\Z)")
 
 # Only openings that refuse the task itself: "I'm sorry for your loss" and "I can't make it on
 # Friday" are good responses.
@@ -209,35 +239,31 @@ _PLACEHOLDER = re.compile(
 """A whole text that names what should stand there, or holds no word at all such as `...`."""
 
 
-def _unusable(part: str) -> ParseFailure | None:
+def _unusable(part: str, prompts: Prompts) -> ParseFailure | None:
     """Why a part is no answer by itself."""
     if not part:
         return ParseFailure("empty", "nothing between the tags")
-    known = _squeezed(part)
-    if known in STAND_INS or _PLACEHOLDER.fullmatch(part):
+    known = squeezed(part)
+    if known in prompts.stand_ins or _PLACEHOLDER.fullmatch(part):
         return ParseFailure("placeholder", part[:80])
     if _REFUSAL.match(part):
         return ParseFailure("refusal", part[:80])
-    repeated = next((text for text in _OWN_TEXTS if text in known), None)
+    repeated = next((text for text in prompts.own_texts if text in known), None)
     return ParseFailure("copied_prompt", repeated) if repeated else None
 
 
 def _unlike(new: str, original: str) -> ParseFailure | None:
-    if _squeezed(new) == _squeezed(original):
+    if squeezed(new) == squeezed(original):
         return ParseFailure("unchanged", "the reply repeats what the teacher was shown")
     return None
 
 
 def _no_echo(response: str, instruction: str) -> ParseFailure | None:
     """A response made up of its instruction would have the best r-IFD of all, and teach nothing."""
-    answer, asked = _squeezed(response), _squeezed(instruction)
+    answer, asked = squeezed(response), squeezed(instruction)
     if asked and answer.startswith(asked) and len(answer) < 2 * len(asked):
         return ParseFailure("copied_prompt", "the response repeats its instruction")
     return None
-
-
-def _squeezed(text: str) -> str:
-    return " ".join(text.split()).casefold()
 
 
 def _encodes(text: str) -> bool:
@@ -247,6 +273,3 @@ def _encodes(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-_OWN_TEXTS = [_squeezed(text) for text in own_texts()]

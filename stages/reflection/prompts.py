@@ -1,4 +1,4 @@
-"""What the teacher is asked. The wording is this project's own.
+"""What the teacher is asked, in wording that comes from a file: the project's own, or the user's.
 
 The row's texts go in as message content, which is encoded with special tokens disabled, so a row
 can't forge a turn. Everything is in user turns: several chat templates refuse a system turn.
@@ -6,15 +6,22 @@ can't forge a turn. Everything is in user turns: several chat templates refuse a
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
-from typing import Literal
+from functools import cached_property
+from importlib import resources
+from string import Formatter
+from typing import Annotated, Literal
 
-from stages.reflection.settings import Reply
-from stages.rows import Message, instruction, response
+import yaml
+from pydantic import AfterValidator, Field, ValidationError
 
-PROMPTS_VERSION = 1
-"""Raise it with the stage's version when a wording changes."""
+from stages.base import Settings
+from stages.errors import ConfigError
+from stages.reflection.settings import Form
+from stages.rows import Message, canonical_json, instruction, response
+from stages.storage import read_file
 
 Purpose = Literal["instruction", "answer", "response"]
 """Phase 1; phase 1's second call where the reply is `whole`; phase 2."""
@@ -22,148 +29,197 @@ Purpose = Literal["instruction", "answer", "response"]
 INSTRUCTION_TAG, RESPONSE_TAG = "new_instruction", "new_response"
 """Names of the reply's parts: tags, or keys of the JSON object."""
 
-_EXCHANGE = """\
-Below is an exchange from a set of examples that an assistant learns from.
-{earlier}
-<instruction>
-{instruction}
-</instruction>
 
-<response>
-{response}
-</response>
+def _with_fields(*names: str) -> AfterValidator:
+    """Checks that a text is there and holds exactly these fields."""
 
-"""
+    def check(text: str) -> str:
+        if not text.strip():
+            raise ValueError("the text is empty")
+        try:
+            held = {
+                f"{field}{'!' if conversion else ''}{':' if form else ''}"
+                for _, field, form, conversion in Formatter().parse(text)
+                if field is not None
+            }
+        except ValueError as error:
+            raise ValueError(f"{error}; a literal brace is written twice") from error
+        known = ", ".join(f"{{{name}}}" for name in names) or "none"
+        for field in sorted(held - set(names)):
+            raise ValueError(
+                f"the field {{{field}}} is unknown (its fields are {known}); a literal brace is "
+                "written twice"
+            )
+        for field in sorted(set(names) - held):
+            raise ValueError(f"the field {{{field}}} is missing (its fields are {known})")
+        return text
 
-_HARDER = """\
-Judge the instruction in a few sentences: what does it leave vague, which knowledge and which \
-steps of reasoning does it ask for, and is it too easy to teach much? Say how the response \
-suffers from that.
-
-Next, write one instruction on the same subject that states exactly what is wanted and takes more \
-knowledge or reasoning to answer. Whoever reads it sees neither the old one nor its response\
-{continues}. Then answer it yourself, correctly and in full.
-"""
-
-_BETTER = """\
-Judge the response in a few sentences: is it correct, does it do all that the instruction asks, is \
-anything missing, beside the point or hard to follow?
-
-Next, write the response that should have been given to the same instruction, correct and \
-complete, and no longer than it needs to be.
-"""
-
-_TAGGED = "\nEnd with this and nothing after it, each tag alone on its line and used once:\n\n"
-_JSON = (
-    "\nReply with one JSON object and nothing else. Its keys, in this order: "
-    '"critique" (your judgement), {keys}.\n'
-)
-
-# A small model answers a text that it is asked to rewrite; after a few examples it rewrites it.
-_WHOLE_INSTRUCTION = (
-    "Task: {instruction}\n\nWrite a more demanding version of this task. Don't solve it."
-)
-_WHOLE_EARLIER = "Conversation so far:\n\n{turns}\n\n"
-_EXAMPLES = (
-    ("What is a river?", "Explain how a river forms, and name two things that change its course."),
-    (
-        "Write a thank-you note to a colleague.",
-        "Write a thank-you note to a colleague who took over two of your shifts, in at most four "
-        "sentences and without sounding formal.",
-    ),
-    (
-        "A pen costs 3 euros. How much do 4 pens cost?",
-        "A pen costs 3 euros and a notebook twice as much. How much do 4 pens and 2 notebooks cost "
-        "together?",
-    ),
-)
-_WHOLE_ANSWER = (
-    "{instruction}\n\nGive a short answer, of at most three sentences or a few lines of code."
-)
-_WHOLE_RESPONSE = (
-    "Improve your answer: make it correct, complete and clear. Keep it short and write only the "
-    "improved answer."
-)
-
-_MEANINGS = {INSTRUCTION_TAG: "the instruction you wrote", RESPONSE_TAG: "your answer to it"}
-_RESPONSE_MEANINGS = {RESPONSE_TAG: "the response you wrote"}
-STAND_INS = (*_MEANINGS.values(), *_RESPONSE_MEANINGS.values())
-"""What stands between the tags where the form of the reply is shown: copied, it is no answer."""
+    return AfterValidator(check)
 
 
-def instruction_prompt(messages: Sequence[Message], reply: Reply) -> list[Message]:
-    """Phase 1: ask for a harder instruction and, but for `whole`, its response."""
-    if reply == "whole":
+_Exchange = Annotated[str, _with_fields("context", "instruction", "response", "form")]
+_Plain = Annotated[str, _with_fields()]
+
+
+class Example(Settings):
+    """A task and a more demanding version of it."""
+
+    task: str = Field(min_length=1)
+    harder: str = Field(min_length=1)
+
+
+class Prompts(Settings):
+    """The texts of a prompts file; `stages/reflection/prompts.yaml` says what each is for."""
+
+    version: Literal[1]
+    instruction: _Exchange
+    response: _Exchange
+    context: Annotated[str, _with_fields("turns")]
+    tagged_form: Annotated[str, _with_fields("parts")]
+    json_form: Annotated[str, _with_fields("parts")]
+    new_instruction: _Plain
+    new_answer: _Plain
+    new_response: _Plain
+    whole_instruction: Annotated[str, _with_fields("context", "instruction")]
+    whole_context: Annotated[str, _with_fields("turns")]
+    whole_examples: tuple[Example, ...]
+    whole_answer: Annotated[str, _with_fields("instruction")]
+    whole_response: _Plain
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the texts, wherever the file lies and however it is laid out."""
+        return hashlib.sha256(canonical_json(self.model_dump(mode="json")).encode()).hexdigest()
+
+    @cached_property
+    def stand_ins(self) -> frozenset[str]:
+        """What stands for a part where the form is shown, white space squeezed and case folded."""
+        texts = (self.new_instruction, self.new_answer, self.new_response)
+        return frozenset(squeezed(text.format()) for text in texts)
+
+    @cached_property
+    def own_texts(self) -> tuple[str, ...]:
+        """Sentences of the prompts, to be known again in a reply that repeats them; squeezed.
+
+        The tasks of the examples are among them: a small model may repeat one as its own.
+        """
+        texts = (
+            self.instruction,
+            self.response,
+            self.tagged_form,
+            self.json_form,
+            self.whole_instruction,
+            self.whole_answer,
+            self.whole_response,
+        )
+        literal = [piece for text in texts for piece, _, _, _ in Formatter().parse(text)]
+        sentences = (
+            squeezed(sentence)
+            for text in (*literal, *(example.harder for example in self.whole_examples))
+            for sentence in re.split(r"(?<=[.?!:])\s|\n\n", text)
+        )
+        return tuple(dict.fromkeys(text for text in sentences if len(text) >= 30))
+
+    def instruction_prompt(self, messages: Sequence[Message], reply: Form) -> list[Message]:
+        """Phase 1: ask for a harder instruction and, but for `whole`, its response."""
+        if reply != "whole":
+            parts = {INSTRUCTION_TAG: self.new_instruction, RESPONSE_TAG: self.new_answer}
+            return [_user(self._exchange(self.instruction, messages, reply, parts))]
         shown = [
             turn
-            for task, harder in _EXAMPLES
-            for turn in (_user(_WHOLE_INSTRUCTION.format(instruction=task)), _assistant(harder))
+            for example in self.whole_examples
+            for turn in (_user(self._task("", example.task)), _assistant(example.harder))
         ]
-        asked = _WHOLE_INSTRUCTION.format(instruction=instruction(messages))
-        turns = _transcript(messages)
-        return [*shown, _user((_WHOLE_EARLIER.format(turns=turns) if turns else "") + asked)]
-    continues = ", but sees the earlier turns" if _context(messages) else ""
-    task = _HARDER.format(continues=continues)
-    return [_user(_exchange(messages) + task + _form(reply, _MEANINGS))]
+        context = _filled(self.whole_context, messages)
+        return [*shown, _user(self._task(context, instruction(messages) or ""))]
+
+    def answer_prompt(self, messages: Sequence[Message]) -> list[Message]:
+        """Phase 1 with `whole` replies, second call: the new instruction itself, to be answered."""
+        asked = self.whole_answer.format(instruction=instruction(messages))
+        return [*_before(messages), _user(asked)]
+
+    def response_prompt(self, messages: Sequence[Message], reply: Form) -> list[Message]:
+        """Phase 2: ask for a better response to the same instruction; the teacher sees the old."""
+        if reply == "whole":
+            return [*messages, _user(self.whole_response.format())]
+        parts = {RESPONSE_TAG: self.new_response}
+        return [_user(self._exchange(self.response, messages, reply, parts))]
+
+    def _exchange(
+        self, text: str, messages: Sequence[Message], reply: Form, parts: dict[str, str]
+    ) -> str:
+        return text.format(
+            context=_filled(self.context, messages),
+            instruction=instruction(messages),
+            response=response(messages),
+            form=self._form(reply, parts),
+        ).strip()
+
+    def _form(self, reply: Form, parts: dict[str, str]) -> str:
+        if reply == "json":
+            keys = (f'"{name}" ({stand_in.format()})' for name, stand_in in parts.items())
+            return self.json_form.format(parts=", ".join(keys))
+        tags = (f"<{name}>\n{stand_in.format()}\n</{name}>" for name, stand_in in parts.items())
+        return self.tagged_form.format(parts="\n".join(tags))
+
+    def _task(self, context: str, task: str) -> str:
+        return self.whole_instruction.format(context=context, instruction=task)
 
 
-def answer_prompt(messages: Sequence[Message]) -> list[Message]:
-    """Phase 1 with `whole` replies, second call: the new instruction itself, to be answered.
+def default_prompts_file() -> str:
+    """The text of the file that holds the project's own wording."""
+    return resources.files("stages.reflection").joinpath("prompts.yaml").read_text("utf-8")
 
-    It asks for brevity, since a small model otherwise goes on to the limit and is cut.
+
+def read_prompts(path: str | None) -> Prompts:
+    """The prompts of a file, by path or fsspec URL; None: the project's own.
+
+    Raises:
+        ConfigError: the file is absent or no YAML, or a text or a field of one is missing or
+            unknown.
     """
-    asked = _WHOLE_ANSWER.format(instruction=instruction(messages))
-    return [*_context(messages), _user(asked)]
+    where = path or "the default prompts"
+    try:
+        value = yaml.safe_load(default_prompts_file() if path is None else read_file(path))
+    except FileNotFoundError as error:
+        raise ConfigError(f"reflection.prompts: {path} doesn't exist; check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"reflection.prompts: {path} is no valid YAML: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"reflection.prompts: cannot read {path}: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"reflection.prompts: {where} holds no texts by name")
+    try:
+        return Prompts.model_validate(value)
+    except ValidationError as error:
+        mistakes = "; ".join(map(_explained, error.errors()))
+        raise ConfigError(
+            f"reflection.prompts: {where}: {mistakes} (`tamis prompts` prints a complete file)"
+        ) from error
 
 
-def response_prompt(messages: Sequence[Message], reply: Reply) -> list[Message]:
-    """Phase 2: ask for a better response to the same instruction; the teacher sees the draft."""
-    if reply == "whole":
-        return [*messages, _user(_WHOLE_RESPONSE)]
-    return [_user(_exchange(messages) + _BETTER + _form(reply, _RESPONSE_MEANINGS))]
+def squeezed(text: str) -> str:
+    """A text with white space squeezed and case folded: equal for equal words."""
+    return " ".join(text.split()).casefold()
 
 
-def own_texts() -> list[str]:
-    """Sentences of the prompts above, to be known again in a reply that repeats them.
-
-    The tasks of the examples are among them: a small model may repeat one as its own.
-    """
-    prompts = (_EXCHANGE, _HARDER, _BETTER, _TAGGED, _JSON)
-    whole = (_WHOLE_INSTRUCTION, _WHOLE_ANSWER, _WHOLE_RESPONSE)
-    pieces = (
-        piece.strip()
-        for text in (*prompts, *whole, *(harder for _, harder in _EXAMPLES))
-        for sentence in re.split(r"(?<=[.?!:])\s", text)
-        for piece in re.split(r"\{\w+\}", sentence)
-    )
-    return [piece for piece in pieces if len(piece) >= 30]
+def _explained(mistake: object) -> str:
+    assert isinstance(mistake, dict)
+    place = ".".join(str(part) for part in mistake["loc"])
+    if mistake["type"] == "extra_forbidden":
+        return f"{place}: no text is called so"
+    if mistake["type"] == "missing":
+        return f"{place}: the text is missing"
+    return f"{place}: {str(mistake['msg']).removeprefix('Value error, ')}"
 
 
-def _exchange(messages: Sequence[Message]) -> str:
-    """The row as a transcript: system turn and earlier turns, the instruction, the response."""
-    turns = _transcript(messages)
-    return _EXCHANGE.format(
-        earlier=f"\n<earlier_turns>\n{turns}\n</earlier_turns>\n" if turns else "",
-        instruction=instruction(messages),
-        response=response(messages),
-    )
+def _filled(text: str, messages: Sequence[Message]) -> str:
+    """The text about earlier turns, or nothing where there are none."""
+    turns = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in _before(messages))
+    return text.format(turns=turns) if turns else ""
 
 
-def _transcript(messages: Sequence[Message]) -> str:
-    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in _context(messages))
-
-
-def _form(reply: Reply, meanings: dict[str, str]) -> str:
-    """How the reply must look."""
-    if reply == "json":
-        keys = ", ".join(f'"{name}" ({meaning})' for name, meaning in meanings.items())
-        return _JSON.format(keys=keys)
-    return _TAGGED + "\n".join(
-        f"<{name}>\n{meaning}\n</{name}>" for name, meaning in meanings.items()
-    )
-
-
-def _context(messages: Sequence[Message]) -> list[Message]:
+def _before(messages: Sequence[Message]) -> list[Message]:
     """The turns before the instruction, which the response follows directly."""
     return list(messages[:-2])
 

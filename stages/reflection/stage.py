@@ -1,61 +1,72 @@
-"""The reflection stage: two phases over a whole shard, one engine call a step."""
+"""The reflection stage: a shard's rows through the phases, one engine call a step."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 
-from stages.base import Columns, EngineSpec
-from stages.difficulty.losses import (
-    InstructionLoss,
-    ResponseLoss,
-    instruction_losses,
-    response_losses,
-)
-from stages.engines import TokenScorer
-from stages.engines.model_files import load_tokenizer
+from stages.base import TARGETS, Columns, EngineSpec
+from stages.difficulty.losses import ResponseLoss
+from stages.difficulty.settings import DifficultySettings
+from stages.engines.model_files import cached_tokenizer
 from stages.engines.settings import ModelSettings
-from stages.errors import ConfigError, RowError, StageError
-from stages.reflection.answers import gives_answer
-from stages.reflection.decision import choose_instruction, choose_response, unfit_pair
-from stages.reflection.parsing import ParseFailure
-from stages.reflection.record import ADDS, ReflectedRow, added_columns
+from stages.errors import ConfigError
+from stages.overlap import OverlapIndex
+from stages.pass_rate.checker import AnswerChecker
+from stages.reflection.checks import RewriteChecks, target_index, targets_digest
+from stages.reflection.grid import reflect_in_grid
+from stages.reflection.offers import Offers
+from stages.reflection.probe import REPLIES, probed_form
+from stages.reflection.prompts import read_prompts
+from stages.reflection.record import (
+    ReflectedConversation,
+    ReflectedRow,
+    added_columns,
+    added_schema,
+    exchange_ends,
+)
+from stages.reflection.sequential import reflect_in_sequence
 from stages.reflection.settings import ReflectionSettings
+from stages.reflection.student import Student
 from stages.reflection.teacher import Teacher
-from stages.rows import Message, messages_of, with_turns
+from stages.rows import messages_of
 from stages.storage import Store
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-T = TypeVar("T")
-Texts = Sequence[Sequence[Message]]
+_LOSSES = ("loss_conditional", "loss_unconditional", "response_tokens", "response_truncated")
+"""Columns of difficulty from which a response's losses are known."""
 
 
 class ReflectionStage:
     """Adds rewritten messages, the student's verdicts, and the scores of the text that stands."""
 
     name = "reflection"
-    version = 1
+    version = 2
     on_targets = False
     settings: ReflectionSettings
 
     def __init__(
-        self, settings: ReflectionSettings, models: Mapping[str, ModelSettings], seed: int
+        self,
+        settings: ReflectionSettings,
+        models: Mapping[str, ModelSettings],
+        seed: int,
+        *,
+        difficulty: DifficultySettings | None = None,
+        targets: bool = False,
     ) -> None:
-        """Look up teacher and student.
+        """Look up teacher and student, and read the prompts.
 
         Args:
             settings: the recipe's section.
             models: the recipe's models by name.
             seed: the run's; the teacher's text is drawn from it, the row's id and the purpose.
+            difficulty: the section of the stage that scored the rows before, where there is one.
+            targets: whether there are targets, whose texts no rewrite may bring in.
 
         Raises:
-            ConfigError: the recipe has no such model, or replies leave no room for a prompt.
+            ConfigError: the recipe has no such model, replies leave no room for a prompt, or the
+                prompts can't be used.
         """
         for role, model in (("teacher", settings.teacher), ("student", settings.student)):
             if model not in models:
@@ -66,26 +77,42 @@ class ReflectionStage:
         self._teacher = models[settings.teacher]
         self._student = models[settings.student]
         self._seed = seed
-        if settings.max_new_tokens >= self._teacher.max_length:
+        self._prompts = read_prompts(settings.prompts)
+        self._targets = targets
+        self._is_scored = difficulty is not None and _scores_alike(
+            models[difficulty.student], difficulty, self._student
+        )
+        if self._teacher.endpoint is None and settings.max_new_tokens >= self._teacher.max_length:
             raise ConfigError(
                 f"reflection.max_new_tokens: {settings.max_new_tokens} leaves no room for a prompt "
                 f"in models.{settings.teacher}.max_length={self._teacher.max_length}"
             )
 
     def columns(self) -> Columns:
-        """Needs the rows' text; adds what stands and why."""
-        return Columns(needs=("id", "messages", "answer"), adds=ADDS)
+        """Needs the rows' text, and its losses where difficulty has them; adds what stands."""
+        losses = _LOSSES if self._is_scored else ()
+        return Columns(
+            needs=("id", "source", "messages", "answer", *losses),
+            adds=added_schema(self.settings),
+        )
 
     def engines(self) -> Mapping[str, EngineSpec]:
         """The model that rewrites and the model that judges."""
         return {
-            "teacher": EngineSpec("generator", self.settings.teacher, self._teacher),
+            "teacher": EngineSpec(
+                "generator", self.settings.teacher, self._teacher, asks="messages"
+            ),
             "student": EngineSpec("scorer", self.settings.student, self._student),
         }
 
     def artifacts(self) -> tuple[str, ...]:
-        """None."""
-        return ()
+        """The targets, where there are any, and the form of reply, where it has to be found."""
+        found = (REPLIES,) if self.settings.reply == "auto" else ()
+        return (*found, TARGETS) if self._targets else found
+
+    def file_contents(self) -> Mapping[str, str]:
+        """The prompts count by their texts, wherever their file lies."""
+        return {"prompts": self._prompts.digest}
 
     async def process(
         self, rows: pa.Table, engines: Mapping[str, Any], artifacts: Mapping[str, Store]
@@ -95,165 +122,88 @@ class ReflectionStage:
         Raises:
             StageError: more rewrites failed than `max_failed_share` allows.
         """
-        tokenizer = _tokenizer(self._teacher)
-        teacher = Teacher(engines["teacher"], tokenizer, self._teacher, self.settings, self._seed)
-        student = engines["student"]
-        reflected = [
-            ReflectedRow(row, messages or [], answer, unusable_turns(messages or []))
-            for row, messages, answer in zip(
-                rows["id"].to_pylist(), messages_of(rows), rows["answer"].to_pylist(), strict=True
-            )
-        ]
-        await self._score_originals(reflected, student)
-        # Without a score of the original no rewrite can be accepted, so none is asked for.
-        usable = [row for row in reflected if row.error is None]
-        if self.settings.phases != "response":
-            self._check_failures(await self._rewrite_instructions(usable, teacher, student), usable)
-        if self.settings.phases != "instruction":
-            self._check_failures(await self._rewrite_responses(usable, teacher, student), usable)
-        return added_columns(reflected)
-
-    async def _score_originals(self, rows: Sequence[ReflectedRow], student: TokenScorer) -> None:
-        """IFD and r-IFD before reflection; a row without IFD is a failed row."""
-        rows = [row for row in rows if row.error is None]
-        ifds = await self._response_losses([row.messages for row in rows], student)
-        for row, ifd in zip(rows, ifds, strict=True):
-            if isinstance(ifd, RowError):
-                row.error = ifd
-            else:
-                row.ifd, row.ifd_before = ifd, ifd.ifd
-        rows = [row for row in rows if row.error is None]
-        rifds = await self._instruction_losses([row.messages for row in rows], student)
-        for row, rifd in zip(rows, rifds, strict=True):
-            if not isinstance(rifd, RowError):
-                row.rifd, row.rifd_before = rifd, rifd.rifd
-
-    async def _rewrite_instructions(
-        self, rows: Sequence[ReflectedRow], teacher: Teacher, student: TokenScorer
-    ) -> list[ParseFailure]:
-        """Phase 1: the harder of the row and the teacher's pair stands."""
-        failures: list[ParseFailure] = []
-        offered: list[tuple[ReflectedRow, list[Message]]] = []
-        for row, new in zip(rows, await teacher.instructions(rows), strict=True):
-            if isinstance(new, ParseFailure):
-                row.instruction_result = new.code
-                failures.append(new)
-                continue
-            text = with_turns(row.messages, instruction=new.instruction, response=new.response)
-            offered.append((row, text))
-        losses = await self._response_losses([text for _, text in offered], student)
-        won: list[ReflectedRow] = []
-        for (row, text), result in zip(offered, losses, strict=True):
-            ifd = _scored(result)
-            row.ifd_candidate = ifd.ifd if ifd else None
-            choice = choose_instruction(
-                row.ifd, ifd, margin=self.settings.margin, max_ifd=self.settings.max_ifd
-            )
-            row.instruction_result = choice.reason
-            if choice.accepted:
-                row.messages, row.ifd = text, ifd
-                won.append(row)
-        # Phase 2 compares with the pair that stands, so the winners need an r-IFD of their own.
-        rifds = await self._instruction_losses([row.messages for row in won], student)
-        for row, rifd in zip(won, rifds, strict=True):
-            row.rifd = _scored(rifd)
-        return failures
-
-    async def _rewrite_responses(
-        self, rows: Sequence[ReflectedRow], teacher: Teacher, student: TokenScorer
-    ) -> list[ParseFailure]:
-        """Phase 2: the response that tells the student more about the instruction stands."""
-        failures: list[ParseFailure] = []
-        offered: list[tuple[ReflectedRow, list[Message]]] = []
-        for row, new in zip(rows, await teacher.responses(rows), strict=True):
-            if isinstance(new, ParseFailure):
-                row.response_result = new.code
-                failures.append(new)
-            elif _loses_answer(row, new):
-                row.response_result = "answer_missing"
-            else:
-                offered.append((row, with_turns(row.messages, response=new)))
-        losses = await self._instruction_losses([text for _, text in offered], student)
-        won: list[tuple[ReflectedRow, list[Message], InstructionLoss | None]] = []
-        for (row, text), result in zip(offered, losses, strict=True):
-            rifd = _scored(result)
-            row.rifd_candidate = rifd.rifd if rifd else None
-            choice = choose_response(row.rifd, rifd, margin=self.settings.margin)
-            row.response_result = choice.reason
-            if choice.accepted:
-                won.append((row, text, rifd))
-        # Only a winner needs its IFD: to report it, and to refuse a response that doesn't fit.
-        ifds = await self._response_losses([text for _, text, _ in won], student)
-        for (row, text, rifd), scored in zip(won, ifds, strict=True):
-            ifd = _scored(scored)
-            unfit = unfit_pair(ifd, max_ifd=self.settings.max_ifd)
-            if unfit:
-                row.response_result = unfit
-            else:
-                row.messages, row.ifd, row.rifd = text, ifd, rifd
-        return failures
-
-    async def _response_losses(
-        self, texts: Texts, student: TokenScorer
-    ) -> list[ResponseLoss | RowError]:
-        if not texts:
-            return []
-        tokenizer = _tokenizer(self._student)
-        return await response_losses(student, tokenizer, texts, self._student.max_length)
-
-    async def _instruction_losses(
-        self, texts: Texts, student: TokenScorer
-    ) -> list[InstructionLoss | RowError]:
-        if not texts:
-            return []
-        tokenizer = _tokenizer(self._student)
-        return await instruction_losses(student, tokenizer, texts, self._student.max_length)
-
-    def _check_failures(
-        self, failures: Sequence[ParseFailure], asked: Sequence[ReflectedRow]
-    ) -> None:
-        limit = self.settings.max_failed_share
-        if len(failures) <= limit * len(asked):
-            return
-        codes = Counter(failure.code for failure in failures).most_common()
-        raise StageError(
-            f"reflection: {len(failures)} of {len(asked)} rewrites by {self._teacher.model} failed "
-            f"({', '.join(f'{code} {n}' for code, n in codes)}), more than "
-            f"max_failed_share={limit}; for example: {failures[0].detail}. Choose another reply "
-            "form or teacher, raise max_new_tokens, or raise the share",
-            stage=self.name,
+        settings = self.settings
+        reply = settings.reply
+        form = probed_form(artifacts[REPLIES]) if reply == "auto" else reply
+        teacher = Teacher(
+            engines["teacher"], self._teacher, settings, form, self._prompts, self._seed
         )
+        student = Student(
+            engines["student"],
+            cached_tokenizer(self._student),
+            self._student.max_length,
+            ratio=settings.scores_rifd,
+        )
+        conversations = self._conversations(rows)
+        with AnswerChecker(settings.timeout_s) as checker:
+            checks = RewriteChecks(checker, self._unseen(artifacts))
+            offers = Offers(teacher, checks, self._teacher.model, settings.max_failed_share)
+            for number in range(max((len(one.ends) for one in conversations), default=0)):
+                asked = [
+                    one
+                    for one in conversations
+                    if len(one.ends) > number and one.unanswered is None
+                ]
+                exchanges = [one.next_row() for one in asked]
+                await self._reflect(exchanges, offers, student)
+                for conversation, row in zip(asked, exchanges, strict=True):
+                    conversation.take(row)
+        records = [one.values(self._teacher.portable_name) for one in conversations]
+        return added_columns(records, self.columns().adds)
+
+    async def _reflect(
+        self, rows: Sequence[ReflectedRow], offers: Offers, student: Student
+    ) -> None:
+        """One exchange of every row."""
+        rows = [row for row in rows if row.error is None]
+        await student.score_responses(row.original for row in rows)
+        if not self.settings.no_selection:
+            # Without a score of the original no rewrite can be accepted, so none is asked for.
+            for row in rows:
+                row.error = row.original.error
+            rows = [row for row in rows if row.error is None]
+        if self.settings.scores_rifd:
+            await student.score_instructions(row.original for row in rows)
+        reflect = reflect_in_grid if self.settings.mode == "grid" else reflect_in_sequence
+        await reflect(rows, offers, student, self.settings)
+
+    def _conversations(self, rows: pa.Table) -> list[ReflectedConversation]:
+        every = self.settings.turns == "every"
+        others = rows.drop_columns(["messages"]).to_pylist()
+        return [
+            ReflectedConversation(
+                id=row["id"],
+                messages=messages or [],
+                answer=row["answer"],
+                check=self.settings.checks.get(row["source"], self.settings.check),
+                ends=exchange_ends(messages or [], every=every),
+                ifd=_known_loss(row) if self._is_scored else None,
+            )
+            for row, messages in zip(others, messages_of(rows), strict=True)
+        ]
+
+    def _unseen(self, artifacts: Mapping[str, Store]) -> OverlapIndex:
+        if not self._targets:
+            return OverlapIndex(())
+        store = artifacts[TARGETS]
+        return target_index(store.url, targets_digest(store))
 
 
-def unusable_turns(messages: Sequence[Message]) -> RowError | None:
-    """Why a conversation can't be reflected on, or None where it can.
-
-    The last two turns must be the user's and the assistant's text: a rewrite would leave results of
-    tool calls between them, or a call that the response makes, without what they belong to.
-    """
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        return RowError("no_response: the conversation doesn't end with an assistant turn")
-    if messages[-2]["role"] != "user":
-        return RowError(f"no_instruction: a {messages[-2]['role']} turn precedes the response")
-    if messages[-1].get("tool_calls"):
-        return RowError("tool_call: the response calls a tool")
-    for turn, name in ((messages[-2], "instruction"), (messages[-1], "response")):
-        if not (turn["content"] or "").strip():
-            return RowError(f"empty_{name}: the {name} has no text")
-    return None
+def _scores_alike(
+    scorer: ModelSettings, difficulty: DifficultySettings, student: ModelSettings
+) -> bool:
+    """Whether difficulty's losses are those that this student gives to the original texts."""
+    return (
+        scorer == student
+        and difficulty.mode == "strict"
+        and difficulty.template == "chat"
+        and difficulty.variant != "loss_ratio_prefixed"
+    )
 
 
-@lru_cache(maxsize=8)
-def _tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
-    return load_tokenizer(settings)
-
-
-def _scored(result: T | RowError) -> T | None:
-    return None if isinstance(result, RowError) else result
-
-
-def _loses_answer(row: ReflectedRow, new: str) -> bool:
-    """Whether a new response drops the answer (which doesn't count for a new instruction)."""
-    if row.answer is None or row.instruction_changed:
-        return False
-    return not gives_answer(new, row.answer)
+def _known_loss(row: Mapping[str, Any]) -> ResponseLoss | None:
+    """The losses in difficulty's columns, or None where it wasn't asked for them or failed."""
+    if row["loss_conditional"] is None:
+        return None
+    conditional, alone, tokens, truncated = (row[name] for name in _LOSSES)
+    return ResponseLoss(conditional, alone, tokens, truncated)

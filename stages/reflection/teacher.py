@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import Any
 
-from stages.engines import Completion, GenerationRequest, Sampling, TextGenerator
+from stages.engines import Completion, Sampling
+from stages.engines.chat import UNANSWERED, ChatRequest, chat_generator
 from stages.engines.settings import ModelSettings
-from stages.engines.tokens import chat_tokens
 from stages.errors import RowError
 from stages.reflection.parsing import (
     ParseFailure,
@@ -17,13 +19,10 @@ from stages.reflection.parsing import (
     parse_whole_answer,
     parse_whole_instruction,
 )
-from stages.reflection.prompts import Purpose, answer_prompt, instruction_prompt, response_prompt
+from stages.reflection.prompts import INSTRUCTION_TAG, RESPONSE_TAG, Prompts, Purpose
 from stages.reflection.record import ReflectedRow
-from stages.reflection.settings import ReflectionSettings
+from stages.reflection.settings import Form, ReflectionSettings
 from stages.rows import Message, key_hash, with_turns
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 class Teacher:
@@ -31,42 +30,47 @@ class Teacher:
 
     def __init__(
         self,
-        engine: TextGenerator,
-        tokenizer: PreTrainedTokenizerBase,
+        engine: Any,
         model: ModelSettings,
         settings: ReflectionSettings,
+        form: Form,
+        prompts: Prompts,
         seed: int,
     ) -> None:
-        """Keep the engine, and how it is asked."""
-        self._engine = engine
-        self._tokenizer = tokenizer
-        self._window = model.max_length
-        self._reply = settings.reply
+        """Keep the engine, and how it is asked; `form` is that of the replies."""
+        self._chat = chat_generator(engine, model)
+        self._takes_schema = model.takes_schema
+        self._reply = form
+        self._prompts = prompts
         self._sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p)
         self._seed = seed
 
     async def instructions(self, rows: Sequence[ReflectedRow]) -> list[Rewrite | ParseFailure]:
         """Phase 1: a new instruction with its response for every row, both or neither."""
         reply = self._reply
-        prompts = [instruction_prompt(row.messages, reply) for row in rows]
+        prompts = [self._prompts.instruction_prompt(row.messages, reply) for row in rows]
         replies = await self._ask(rows, prompts, "instruction")
         if reply == "whole":
             return await self._answered(rows, replies)
         return [
             done
             if isinstance(done, ParseFailure)
-            else parse_instruction_reply(done.text, done.finish_reason, reply, row.exchange)
+            else parse_instruction_reply(
+                done.text, done.finish_reason, reply, row.exchange, self._prompts
+            )
             for row, done in zip(rows, replies, strict=True)
         ]
 
     async def responses(self, rows: Sequence[ReflectedRow]) -> list[str | ParseFailure]:
         """Phase 2: a new response for every row."""
-        prompts = [response_prompt(row.messages, self._reply) for row in rows]
+        prompts = [self._prompts.response_prompt(row.messages, self._reply) for row in rows]
         replies = await self._ask(rows, prompts, "response")
         return [
             done
             if isinstance(done, ParseFailure)
-            else parse_response_reply(done.text, done.finish_reason, self._reply, row.exchange)
+            else parse_response_reply(
+                done.text, done.finish_reason, self._reply, row.exchange, self._prompts
+            )
             for row, done in zip(rows, replies, strict=True)
         ]
 
@@ -80,7 +84,9 @@ class Teacher:
             text = (
                 done
                 if isinstance(done, ParseFailure)
-                else parse_whole_instruction(done.text, done.finish_reason, row.exchange)
+                else parse_whole_instruction(
+                    done.text, done.finish_reason, row.exchange, self._prompts
+                )
             )
             if isinstance(text, ParseFailure):
                 new.append(text)
@@ -89,7 +95,7 @@ class Teacher:
                 asking.append((place, text))
         asked = [rows[place] for place, _ in asking]
         prompts = [
-            answer_prompt(with_turns(rows[place].messages, instruction=text))
+            self._prompts.answer_prompt(with_turns(rows[place].messages, instruction=text))
             for place, text in asking
         ]
         answers = await self._ask(asked, prompts, "answer")
@@ -97,7 +103,7 @@ class Teacher:
             answer = (
                 done
                 if isinstance(done, ParseFailure)
-                else parse_whole_answer(done.text, done.finish_reason, text)
+                else parse_whole_answer(done.text, done.finish_reason, text, self._prompts)
             )
             new[place] = answer if isinstance(answer, ParseFailure) else Rewrite(text, answer)
         return new
@@ -108,32 +114,34 @@ class Teacher:
         prompts: Sequence[Sequence[Message]],
         purpose: Purpose,
     ) -> list[Completion | ParseFailure]:
-        """One completion a row, or why it can't be asked for."""
+        """One completion a row, or why there is none; a row that got no reply has failed."""
         requests = [
-            self._request(row, prompt, purpose) for row, prompt in zip(rows, prompts, strict=True)
+            ChatRequest(prompt, key_hash(f"{row.id}:{purpose}", self._seed))
+            for row, prompt in zip(rows, prompts, strict=True)
         ]
-        asked = [request for request in requests if isinstance(request, GenerationRequest)]
-        replies = iter(await self._engine.generate(asked, self._sampling) if asked else [])
+        sampling = replace(self._sampling, schema=self._schema(purpose))
         answered: list[Completion | ParseFailure] = []
-        for row, request in zip(rows, requests, strict=True):
-            if isinstance(request, ParseFailure):
-                answered.append(request)
+        for row, done in zip(rows, await self._chat.chat(requests, sampling), strict=True):
+            if isinstance(done, Completion):
+                row.count(done.usage)
+                answered.append(done)
                 continue
-            done = next(replies)
-            row.teacher_tokens += len(done.token_ids)
-            answered.append(done)
+            if done.code in UNANSWERED:
+                row.unanswered = RowError(str(done))
+            answered.append(ParseFailure(*done))
         return answered
 
-    def _request(
-        self, row: ReflectedRow, prompt: Sequence[Message], purpose: Purpose
-    ) -> GenerationRequest | ParseFailure:
-        try:
-            ids = chat_tokens(self._tokenizer, prompt, open_turn=True).ids
-        except RowError as error:
-            return ParseFailure("chat_template", str(error))
-        new = self._sampling.max_new_tokens
-        if len(ids) + new > self._window:
-            return ParseFailure(
-                "prompt_too_long", f"{len(ids)} tokens and {new} new ones exceed {self._window}"
-            )
-        return GenerationRequest(ids, key_hash(f"{row.id}:{purpose}", self._seed))
+    def _schema(self, purpose: Purpose) -> str | None:
+        """What a reply as JSON has to look like, where the engine can hold it to that."""
+        if not self._takes_schema or self._reply != "json":
+            return None
+        parts = {"instruction": (INSTRUCTION_TAG, RESPONSE_TAG), "response": (RESPONSE_TAG,)}
+        names = ["critique", *parts[purpose]]
+        return json.dumps(
+            {
+                "type": "object",
+                "properties": {name: {"type": "string"} for name in names},
+                "required": names,
+                "additionalProperties": False,
+            }
+        )

@@ -37,6 +37,13 @@ class SelectionSettings(Settings):
     duplicates: bool = Field(
         default=True, description="Drop rows whose effective text equals an earlier kept row's."
     )
+    semantic_duplicates: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Drop rows whose embedding has at least this cosine with an earlier kept row's "
+        "or an anchor's; needs an embedding section.",
+    )
 
     @model_validator(mode="after")
     def _one_size(self) -> SelectionSettings:

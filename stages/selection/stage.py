@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from stages.base import Columns, Outcome, ShardedColumns
 from stages.errors import ConfigError, StageError
 from stages.licenses import LicensePolicy, license_name
 from stages.rows import LABEL, Message, row_id
 from stages.rules import rule_columns, rule_mask
+from stages.selection.semantic import SemanticDuplicates, vectors_of
 from stages.selection.settings import SelectionSettings
 from stages.storage import Store
 
@@ -33,6 +35,8 @@ DECISIONS = pa.schema(
 """One row per ingested row, in the order of the shards."""
 
 _BYTES_PER_TOKEN = 4
+_WITH_DETAIL = ("duplicate_text", "semantic_duplicate", KEPT)
+"""Reasons that end in something of one row alone."""
 
 
 class SelectionStage:
@@ -66,29 +70,38 @@ class SelectionStage:
                 f"selection names the column {absent[0]!r}, which no stage of this recipe adds; "
                 f"there are {', '.join(sorted(present))}"
             )
+        if settings.semantic_duplicates is not None and "embedding" not in present:
+            raise ConfigError("selection.semantic_duplicates needs an embedding section")
         self._named = tuple(sorted(named))
 
     def columns(self) -> Columns:
         """Ids, sources, effective texts, and the columns that its rules name."""
         tokens = ("tokens",) if self._measured_tokens else ()
         licenses = ("license",) if self._policy else ()
+        vectors = () if self.settings.semantic_duplicates is None else ("embedding",)
         needs = dict.fromkeys(
-            ("id", "source", "effective_messages", *self._named, *tokens, *licenses)
+            ("id", "source", "effective_messages", *self._named, *tokens, *licenses, *vectors)
         )
         return Columns(tuple(needs), pa.schema([]))
 
     def decide(
         self, columns: ShardedColumns, targets: ShardedColumns, artifacts: Mapping[str, Store]
     ) -> Outcome:
-        """Decisions of all rows. Holds about 100 bytes a row."""
+        """Decisions of all rows.
+
+        Holds about 100 bytes a row, and with `semantic_duplicates` the vector of each kept one.
+        """
         ids: list[str] = []
         sources: list[str] = []
         reasons: list[str | None] = []
         scores: list[float] = []
         tokens: list[int] = []
         seen = self._anchor_texts(columns)
+        semantic = self._anchor_vectors(columns)
         for table in columns.iter(self.columns().needs):
             shard = self._shard_reasons(table, seen)
+            if semantic is not None:
+                _drop_semantic_duplicates(table, shard, semantic)
             ids += table["id"].to_pylist()
             sources += table["source"].to_pylist()
             reasons += shard
@@ -130,6 +143,17 @@ class SelectionStage:
                 if source in self._anchors:
                     seen[_text_key(messages)] = row
         return seen
+
+    def _anchor_vectors(self, columns: ShardedColumns) -> SemanticDuplicates | None:
+        """What rows are compared with by meaning, the anchors' vectors in it; None where off."""
+        if self.settings.semantic_duplicates is None:
+            return None
+        found = SemanticDuplicates(self.settings.semantic_duplicates)
+        for table in columns.iter(("id", "source", "embedding")) if self._anchors else ():
+            anchors = pc.is_in(table["source"].cast(pa.string()), pa.array(sorted(self._anchors)))
+            mine = table.filter(pc.and_(anchors, pc.is_valid(table["embedding"])))
+            found.add(mine["id"].to_pylist(), vectors_of(mine["embedding"]))
+        return found
 
     def _shard_reasons(self, table: pa.Table, seen: dict[bytes, str]) -> list[str | None]:
         """Why each row of a shard is dropped before any ranking; None where it isn't."""
@@ -213,6 +237,19 @@ class SelectionStage:
         }
 
 
+def _drop_semantic_duplicates(
+    table: pa.Table, reasons: list[str | None], kept: SemanticDuplicates
+) -> None:
+    """Put a reason where a row that has none yet, and a vector, duplicates a kept one."""
+    there = table["embedding"].is_valid().to_pylist()
+    places = [i for i, reason in enumerate(reasons) if reason is None and there[i]]
+    rows = table.select(["id", "embedding"]).take(pa.array(places, pa.int64()))
+    mates = kept.mates(rows["id"].to_pylist(), vectors_of(rows["embedding"]))
+    for place, mate in zip(places, mates, strict=True):
+        if mate is not None:
+            reasons[place] = f"semantic_duplicate: {mate.id} (cosine {mate.cosine:.3f})"
+
+
 def _text_key(messages: Sequence[Message]) -> bytes:
     return bytes.fromhex(row_id(messages, None))
 
@@ -221,4 +258,4 @@ def _code(reason: str | None) -> str:
     """The reason without what belongs to one row alone."""
     if reason is None:
         return KEPT
-    return reason.split(":")[0] if reason.startswith(("duplicate_text", "kept")) else reason
+    return reason.split(":")[0] if reason.startswith(_WITH_DETAIL) else reason

@@ -24,7 +24,12 @@ REASONS: dict[str, str] = {
     "no_task": "a target record without the value of `task_column`",
     "too_long": "more characters than `max_chars`; raise it, or cut the record",
     "duplicate": "the same messages and tools as an earlier row",
+    "near_duplicate": "nearly the same words as another row; see `ingest.near_duplicates`",
+    "contaminated": "holds text of a target or an evaluation set; see `contamination`",
 }
+
+NO_FAULT = ("duplicate", "near_duplicate", "contaminated")
+"""Reasons that say nothing against a source: `max_reject_rate` doesn't count them."""
 
 
 def code_of(reason: str) -> str:

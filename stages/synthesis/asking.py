@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from stages.engines.tokens import chat_tokens
 from stages.errors import ConfigError, RowError
 from stages.pass_rate.prompts import question
-from stages.rows import group_id
+from stages.rows import Message, group_id
 from stages.synthesis.sample import Reject, Sample, remaining
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Asker:
         Raises:
             ConfigError: the chat template refuses a user turn with these variables.
         """
-        turns = question([{"role": "user", "content": problem}], self.request)
+        turns = asked_messages(problem, self.request)
         try:
             return chat_tokens(self.tokenizer, turns, open_turn=True, options=self.options).ids
         except RowError as error:
@@ -56,6 +56,11 @@ class Asker:
                     "prompt_too_long", f"{len(ids)} tokens, and there is room for {self.room}"
                 )
         return found
+
+
+def asked_messages(problem: str, request: str | None) -> list[Message]:
+    """A problem as the user's turn, a request after it."""
+    return question([{"role": "user", "content": problem}], request)
 
 
 def text_id(sample: Sample) -> str:

@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
+from stages.words import words
+
 Gram = tuple[str, ...]
-
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|[^\s\u3040-\u30ff\u3400-\u9fff]+")
-_AROUND = "()[]{}.,:;!?\"'“”‘’«»*_`。、「」『』《》【】"
-
-
-def words(text: str) -> list[str]:
-    """Words in order: NFKC, case folded, split at white space, punctuation around them dropped.
-
-    A Chinese or Japanese character is a word, since no space parts words there.
-    """
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    stripped = (word.strip(_AROUND) for word in _WORD.findall(folded))
-    return [word for word in stripped if word]
 
 
 def word_ngrams(text: str, n: int) -> list[Gram]:

@@ -21,6 +21,7 @@ REASONS: dict[str, str] = {
     "repetition": "the problem repeats itself",
     "overlap": "too many of its word n-grams stand in one row of a source or target",
     "prompt_too_long": "it leaves no room for the teacher's or the student's reply",
+    "no_reply": "the teacher's endpoint gave no reply, or its filter none",
     "solution_unfinished": "the solution, or its reasoning, was cut off",
     "solution_empty": "nothing but reasoning",
     "solution_no_answer": "no final answer is stated",

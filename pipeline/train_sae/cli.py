@@ -1,0 +1,52 @@
+"""The `tamis train-sae` command."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+
+def train_sae(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="A.B=V", help="Override a field; repeatable."),
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Train a sparse autoencoder on a student's activations; go on where it was interrupted."""
+    # Imported when called: pipeline.cli registers this module's command.
+    from pipeline.cli import _guarded
+
+    _guarded(lambda: _train(recipe, set_ or []), debug)
+
+
+def _train(recipe: str, overrides: list[str]) -> None:
+    from rich.console import Console
+
+    from pipeline.cli import _quieten, console
+    from pipeline.train_sae.config import read_train_sae
+    from pipeline.train_sae.progress import TrainingLines, TrainingLive
+    from pipeline.train_sae.runner import CURVE, train_sae
+
+    config = read_train_sae(recipe, overrides)
+    _quieten()
+    err = Console(stderr=True)
+    display = TrainingLive(err) if sys.stderr.isatty() else TrainingLines(err)
+    with display:
+        done = train_sae(config, lambda line: err.print(line, highlight=False), display)
+    out, held_out = console(), done.report["held_out"]
+    if done.was_complete:
+        out.print("nothing to do: the training is complete", highlight=False)
+    out.print(
+        f"held out: FVU {held_out['fvu']:.4f}, L0 {held_out['l0']:.1f}, "
+        f"dead {done.report['dead_share']:.1%}, CE recovered {held_out['ce_recovered']:.2%} "
+        f"({held_out['ce']['clean']:.3f} clean, {held_out['ce']['spliced']:.3f} spliced, "
+        f"{held_out['ce']['ablated']:.3f} ablated)",
+        highlight=False,
+        soft_wrap=True,
+    )
+    run = config.execution.run
+    out.print(f"autoencoder: {run}\ncurve: {run}/{CURVE}", highlight=False, soft_wrap=True)

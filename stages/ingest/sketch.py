@@ -1,0 +1,128 @@
+"""What near duplicates are found by: each row's shingles, and bands of its MinHash signature."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+
+from stages.dictionary.settings import Part
+from stages.ingest.bands import bands_of
+from stages.ingest.settings import NearDuplicateSettings
+from stages.storage import Store
+from stages.words import HashArray, IntArray, hashed_words
+
+_SEED = 1
+"""Of the permutations: signatures of all rows of all runs can be compared."""
+
+
+@dataclass(frozen=True)
+class SketchTask:
+    """A shard to sketch: its name, the number of its first row over all shards, and the file."""
+
+    part: str
+    first: int
+    name: str
+
+
+def band_names(settings: NearDuplicateSettings) -> list[str]:
+    """Columns of a sketch that hold a band each."""
+    bands, _ = bands_of(settings.threshold, settings.permutations, settings.recall)
+    return [f"band_{band:03d}" for band in range(bands)]
+
+
+def write_sketch(
+    store: Store, settings: NearDuplicateSettings, ranks: Mapping[str, int], task: SketchTask
+) -> None:
+    """Sketch the rows of a shard; rows without a word are left out.
+
+    Writes the columns `row` (number over all shards), `rank` (of its source, by `ranks`), `length`
+    (characters compared), `shingles` (distinct, sorted), `set` (a number that equal shingles
+    share) and one column a band.
+
+    Args:
+        store: holds the shard, and gets the sketch.
+        settings: what is compared, and how.
+        ranks: of every source.
+        task: which shard.
+    """
+    table = store.read_table(task.part, ["source", "messages"])
+    texts = compared_texts(table["messages"].combine_chunks(), settings.part)
+    numbers, before = hashed_words(texts).ngrams(settings.shingle)
+    shingles, ends = _distinct(numbers, before)
+    filled = np.flatnonzero(np.diff(ends))
+    ends = np.concatenate([[0], ends[1:][filled]])
+    sources = table["source"].to_pylist()
+    columns = {
+        "row": pa.array(task.first + filled),
+        "rank": pa.array([ranks[sources[place]] for place in filled], pa.int32()),
+        "length": pa.array([len(texts[place]) for place in filled], pa.int32()),
+        "set": pa.array(_set_numbers(shingles, ends)),
+        "shingles": pa.LargeListArray.from_arrays(pa.array(ends), pa.array(shingles)),
+    }
+    bands = _band_numbers(_signatures(shingles, ends, settings.permutations), settings)
+    store.write_table(task.name, pa.table(columns | bands))
+
+
+def compared_texts(messages: pa.Array, part: Part) -> list[str]:
+    """The text of each conversation's part, one turn a line; system turns left out.
+
+    Args:
+        messages: conversations that end with the assistant's turn.
+        part: its prompt, its response, or both.
+    """
+    turns = messages.flatten()
+    contents, roles = (turns.field(name).to_pylist() for name in ("content", "role"))
+    offsets = (messages.offsets.to_numpy() - messages.offsets[0].as_py()).tolist()
+    texts = []
+    for start, end in pairwise(offsets):
+        first = end - 1 if part == "response" else start
+        last = end - 1 if part == "prompt" else end
+        said = [contents[i] for i in range(first, last) if roles[i] != "system"]
+        texts.append("\n".join(said))
+    return texts
+
+
+def _distinct(numbers: HashArray, before: IntArray) -> tuple[HashArray, IntArray]:
+    """Each row's distinct numbers, sorted, and how many stand before each row."""
+    for start, end in pairwise(before.tolist()):
+        numbers[start:end].sort()
+    new = np.ones(len(numbers), dtype=bool)
+    new[1:] = numbers[1:] != numbers[:-1]
+    new[before[:-1][before[:-1] < len(numbers)]] = True
+    return numbers[new], np.concatenate([[0], np.cumsum(new)])[before]
+
+
+def _set_numbers(shingles: HashArray, ends: IntArray) -> HashArray:
+    """A number of each row's set of shingles, uint64 [rows]."""
+    mixed = (shingles ^ (shingles >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(mixed ^ (mixed >> np.uint64(32)))])
+    numbers: HashArray = np.diff(sums[ends])
+    return numbers
+
+
+def _signatures(shingles: HashArray, ends: IntArray, permutations: int) -> HashArray:
+    """MinHash signatures, uint64 [rows, permutations]."""
+    from rensa import RMinHash
+
+    matrix = RMinHash.digest_matrix_from_flat_token_hashes(
+        shingles, ends.astype(np.uint64), permutations, _SEED
+    )
+    flat: Sequence[Sequence[int]] = matrix.to_rows()
+    return np.array(flat, np.uint64).reshape(len(ends) - 1, permutations)
+
+
+def _band_numbers(signatures: HashArray, settings: NearDuplicateSettings) -> dict[str, pa.Array]:
+    """A number for each band of each row: equal for equal hashes."""
+    _, width = bands_of(settings.threshold, settings.permutations, settings.recall)
+    columns = {}
+    for band, name in enumerate(band_names(settings)):
+        number = np.zeros(len(signatures), np.uint64)
+        for column in signatures[:, band * width : (band + 1) * width].T:
+            number = (number ^ column) * np.uint64(0x9E3779B97F4A7C15)
+            number ^= number >> np.uint64(32)
+        columns[name] = pa.array(number)
+    return columns

@@ -1,0 +1,108 @@
+"""What a rewrite must not do, whatever the student says of it.
+
+It must not bring in a text of the targets, and a new response must still give the row's reference
+answer. Doubt keeps the original: an answer that can't be compared counts as not given.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+import pyarrow as pa
+
+from stages.overlap import OverlapIndex, normalised
+from stages.pass_rate.checker import AnswerChecker
+from stages.pass_rate.checks import Case
+from stages.reflection.record import ReflectedRow
+from stages.rows import messages_of
+from stages.storage import Store
+
+_TELLING_WORDS = 13
+"""Words from which on an answer can be told from any other: `yes` and `42` answer much else."""
+
+
+class RewriteChecks:
+    """Checks rewrites of many rows at once."""
+
+    def __init__(self, checker: AnswerChecker, unseen: OverlapIndex) -> None:
+        """Keep what compares answers, and the texts that must stay unseen."""
+        self._checker = checker
+        self._unseen = unseen
+
+    def overlap(self, *texts: str) -> str | None:
+        """Why these texts can't be used, `overlaps: SET`, or None where they can."""
+        for text in texts:
+            found = self._unseen.match(text)
+            if found:
+                return f"overlaps: {found.set}"
+        return None
+
+    async def unreadable_answers(self, rows: Sequence[ReflectedRow]) -> list[bool]:
+        """Whether the answer that stands can't be compared with anything (no answer: False)."""
+        answers = [(row.check, row.current.answer) for row in rows]
+        asked = [(check, answer) for check, answer in answers if answer is not None]
+        reasons = iter(await asyncio.to_thread(self._checker.unusable, asked))
+        return [answer is not None and next(reasons) is not None for _, answer in answers]
+
+    async def answer_problems(
+        self, rows: Sequence[ReflectedRow], responses: Sequence[str]
+    ) -> list[str | None]:
+        """Why a new response can't be trusted with the answer that stands, or None; in order."""
+        answers = [row.current.answer for row in rows]
+        cases = [
+            Case(row.check, answer, text)
+            for row, answer, text in zip(rows, answers, responses, strict=True)
+            if answer is not None
+        ]
+        verdicts = iter(await asyncio.to_thread(self._checker.verdicts, cases))
+        return [None if answer is None else _PROBLEMS[next(verdicts)] for answer in answers]
+
+
+_PROBLEMS = {
+    "correct": None,
+    "wrong": "answer_missing",
+    "unreadable": "answer_missing",
+    "truncated": "answer_missing",
+    "unverified": "answer_unverified",
+}
+
+
+def unseen_texts(targets: pa.Table) -> Iterator[tuple[str, str]]:
+    """Pairs of a target's name and a text of it: questions, and answers long enough to be known.
+
+    Args:
+        targets: with the columns source and messages.
+    """
+    for name, messages in zip(targets["source"].to_pylist(), messages_of(targets), strict=True):
+        for turn in messages or []:
+            telling = turn["role"] == "assistant" and _words(turn["content"]) >= _TELLING_WORDS
+            if turn["role"] == "user" or telling:
+                yield name, turn["content"]
+
+
+def _words(text: str) -> int:
+    return len(normalised(text).split())
+
+
+@lru_cache(maxsize=2)
+def target_index(url: str, digest: str) -> OverlapIndex:
+    """The index of a folder of ingested targets, kept between shards.
+
+    Args:
+        url: of the folder.
+        digest: of its content, so that a folder which was written anew is read anew.
+    """
+    store = Store(url)
+    return OverlapIndex(
+        pair
+        for name in store.names()
+        if name.startswith("part-")
+        for pair in unseen_texts(store.read_table(name, ["source", "messages"]))
+    )
+
+
+def targets_digest(store: Store) -> str:
+    """What identifies the content of a folder of ingested targets."""
+    return ":".join(store.sha256(name) for name in store.names() if name.startswith("part-"))

@@ -1,0 +1,105 @@
+r"""Words of texts, and runs of words as 64-bit numbers that arrays can compare.
+
+A run of words with hashes :math:`h_s, \dots, h_{e-1}` has the number
+
+.. math:: H(s, e) = \sum_{i=0}^{e-s-1} h_{s+i} c^i \bmod 2^{64}, \quad c \text{ odd}
+
+(Karp and Rabin's polynomial, over hashes of words instead of characters). With the prefix sums
+:math:`P_k = \sum_{i<k} h_i c^i` it is :math:`(P_e - P_s) c^{-s}`, so that runs of any length cost
+the same. Equal runs have equal numbers in any process and on any machine.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int64]
+HashArray = NDArray[np.uint64]
+
+# Kana, Han, Thai, Lao, Burmese and Khmer are written without spaces: there a character is a word.
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")
+_AROUND = "()[]{}.,:;!?\"'“”‘’«»*_`。、「」『』《》【】"
+
+_BASE = 0x9E3779B97F4A7C15
+_INVERSE = pow(_BASE, -1, 1 << 64)
+
+
+def words(text: str) -> list[str]:
+    """Words in order: NFKC, case folded, split at white space, punctuation around them dropped.
+
+    A character of a script without spaces is a word. Signs inside a word stay, so that `2+3` and
+    `2-3` differ.
+    """
+    if text.isascii():
+        found = text.lower().split()
+    else:
+        found = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+    return [word for raw in found if (word := raw.strip(_AROUND))]
+
+
+@dataclass(frozen=True)
+class HashedWords:
+    """Words of texts as numbers.
+
+    Attributes:
+        offsets: words before each text, and all of them, int64 [texts + 1].
+        sums: prefix sums of the module's polynomial, uint64 [words + 1].
+        unshift: inverse powers of its base, uint64 [words + 1].
+    """
+
+    offsets: IntArray
+    sums: HashArray
+    unshift: HashArray
+
+    def runs(self, starts: IntArray, ends: IntArray) -> HashArray:
+        """Numbers of the runs of words from `starts` to before `ends`, counted over all texts."""
+        numbers: HashArray = (self.sums[ends] - self.sums[starts]) * self.unshift[starts]
+        return numbers
+
+    def ngrams(self, n: int) -> tuple[HashArray, IntArray]:
+        """Numbers of every text's runs of n words in order, and grams before each text.
+
+        A text of fewer words has one shorter run, an empty one none.
+
+        Returns:
+            uint64 [grams] and int64 [texts + 1].
+        """
+        counts = np.diff(self.offsets)
+        grams = np.where(counts > n, counts - n + 1, np.minimum(counts, 1))
+        before = np.concatenate([[0], np.cumsum(grams)])
+        starts = np.arange(before[-1]) + np.repeat(self.offsets[:-1] - before[:-1], grams)
+        return self.runs(starts, starts + np.repeat(np.minimum(counts, n), grams)), before
+
+
+def hashed_words(texts: Sequence[str]) -> HashedWords:
+    """The words of texts as numbers, by XXH3 of their UTF-8 bytes.
+
+    Raises:
+        UnicodeEncodeError: a text holds half a character (a lone surrogate).
+    """
+    lists = [words(text) for text in texts]
+    offsets = np.concatenate([[0], np.cumsum([len(one) for one in lists], dtype=np.int64)])
+    # A text repeats most of its words: each is hashed once.
+    encoded = pa.array(chain.from_iterable(lists), pa.string()).dictionary_encode()
+    distinct = [xxhash.xxh3_64_intdigest(word.encode()) for word in encoded.dictionary.to_pylist()]
+    hashes = np.array(distinct, np.uint64)[encoded.indices.to_numpy()]
+    shift, unshift = (_powers(base, len(hashes)) for base in (_BASE, _INVERSE))
+    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(hashes * shift[:-1])])
+    return HashedWords(offsets.astype(np.int64), sums, unshift)
+
+
+def _powers(base: int, highest: int) -> HashArray:
+    """Powers of an odd number mod 2^64, from the zeroth on, uint64 [highest + 1]."""
+    powers = np.full(highest + 1, base, np.uint64)
+    powers[0] = 1
+    return np.cumprod(powers)

@@ -1,0 +1,86 @@
+"""Overlap with unseen texts: against the rule written out plainly, and on real evaluation sets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.overlap import OverlapIndex, normalised
+from stages.words import words
+
+EULER = "What is the sum of all natural numbers below one thousand that three or five divide?"
+
+
+def overlaps(text: str, unseen: str, n: int, short: int) -> bool:
+    """The rule, by comparing every run with every run."""
+    mine, theirs = words(text), words(unseen)
+    if not mine or not theirs:
+        return False
+    length = min(n, len(theirs))
+    runs = [theirs[i : i + length] for i in range(len(theirs) - length + 1)]
+    shared = any(mine[i : i + length] in runs for i in range(len(mine) - length + 1))
+    return mine == theirs or (length >= min(n, short) and shared)
+
+
+few_words = st.lists(st.sampled_from("abc"), max_size=9).map(" ".join)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(
+    st.lists(few_words, max_size=4),
+    st.lists(few_words, max_size=4),
+    st.integers(2, 5),
+    st.integers(1, 5),
+)
+def test_every_overlap_is_found_and_no_other(
+    found: list[str], unseen: Sequence[str], n: int, short: int
+) -> None:
+    index = OverlapIndex([(f"set {i}", text) for i, text in enumerate(unseen)], n=n, short=short)
+    matches = index.matches(found)
+    assert [index.match(text) for text in found] == matches
+    for text, match in zip(found, matches, strict=True):
+        assert (match is not None) == any(overlaps(text, one, n, short) for one in unseen)
+        if match is not None:
+            mine = f" {normalised(text)} "
+            theirs = f" {normalised(unseen[int(match.set.removeprefix('set '))])} "
+            assert f" {match.text} " in mine
+            assert f" {match.text} " in theirs
+            assert (match.kind == "exact") == (mine == theirs)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "shared"),
+    [
+        (f"  {EULER.upper()} ", "exact", 16),
+        (f"Solve this. {EULER} Think first.", "ngram", 16),
+        ("Say what is the sum of all natural numbers below one thousand that three like", "ngram",
+         13),
+        ("Say what is the sum of all natural numbers below one thousand that four like", None, 0),
+        ("The sum of all natural numbers below one thousand is what?", None, 0),
+        ("Name the largest planet of our sun, please.", "ngram", 7),
+        ("name the largest planet of our sun", "exact", 7),
+        ("What is two plus two?", "exact", 5),
+        ("Tell me: what is two plus two?", None, 0),
+    ],
+)  # fmt: skip
+def test_long_short_and_shorter_texts(text: str, kind: str | None, shared: int) -> None:
+    index = OverlapIndex(
+        [
+            ("euler", EULER),
+            ("planets", "Name the largest planet of our sun."),
+            ("sums", "What is two plus two?"),
+        ]
+    )
+    match = index.match(text)
+    assert (match.kind if match else None) == kind
+    assert len(match.text.split() if match else []) == shared
+
+
+def test_texts_without_a_word_match_nothing() -> None:
+    index = OverlapIndex([("a", "..."), ("b", "")])
+    assert index.matches(["", "...", "?!"]) == [None, None, None]
+    assert OverlapIndex([]).match("anything") is None
+    assert OverlapIndex([("a", "one two")]).matches([]) == []

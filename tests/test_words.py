@@ -1,0 +1,81 @@
+"""Words, and runs of words as numbers: equal runs have equal numbers, others don't."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.words import hashed_words, words
+
+ROOT = Path(__file__).resolve().parents[1]
+
+texts = st.lists(st.text(alphabet="ab. \n", max_size=30), max_size=8)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Find  (the) “Sum”,\nof $x^2$ — ﬁve.", ["find", "the", "sum", "of", "$x^2$", "—", "five"]),
+        ("2+3? 2-3!", ["2+3", "2-3"]),
+        ("求x的值。", ["求", "x", "的", "值"]),
+        ("ひらカナ", ["ひ", "ら", "カ", "ナ"]),
+        ("ไทย ab", ["ไ", "ท", "ย", "ab"]),
+        ("𠀀𠀁", ["𠀀", "𠀁"]),
+        ("한국어 문장", ["한국어", "문장"]),
+        (" .\n", []),
+    ],
+)
+def test_words(text: str, expected: list[str]) -> None:
+    assert words(text) == expected
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.text(alphabet=st.characters(max_codepoint=127), max_size=60))
+def test_plain_text_takes_the_same_path_as_any_other(text: str) -> None:
+    # A word that isn't ASCII sends the text through NFKC and the pattern.
+    assert words(text + " é") == [*words(text), "é"]
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(texts, st.integers(1, 4))
+def test_ngrams_have_equal_numbers_where_they_are_equal(found: list[str], n: int) -> None:
+    numbers, before = hashed_words(found).ngrams(n)
+    expected = []
+    for place, text in enumerate(found):
+        mine = words(text)
+        grams = [tuple(mine[i : i + n]) for i in range(max(len(mine) - n + 1, min(len(mine), 1)))]
+        assert before[place + 1] - before[place] == len(grams)
+        expected += grams
+    assert len(numbers) == len(expected)
+    pairs = list(zip(expected, numbers.tolist(), strict=True))
+    assert all((a == b) == (m == k) for a, m in pairs for b, k in pairs)
+
+
+def test_numbers_are_the_same_in_every_process() -> None:
+    code = "from stages.words import hashed_words; print(*hashed_words(['a b c']).ngrams(2)[0])"
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()[0]
+        for seed in ("1", "2")
+    }
+    assert found == {str(hashed_words(["a b c"]).ngrams(2)[0][0])}
+
+
+def test_a_long_text_keeps_its_numbers_behind_others() -> None:
+    # Prefix sums wrap many times before the last text.
+    many = [" ".join(f"w{i}" for i in range(20_000)), "one two three four"]
+    numbers, before = hashed_words(many).ngrams(3)
+    alone, _ = hashed_words(many[1:]).ngrams(3)
+    assert np.array_equal(numbers[before[1] :], alone)
