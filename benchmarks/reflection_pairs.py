@@ -110,7 +110,7 @@ def recipe(address: str, rows: int, folder: Path, reflection: dict[str, Any]) ->
             "student": student,
             "teacher": {"model": "replayed", "engine": "openai", "endpoint": {"base_url": address}},
         },
-        "reflection": {"rifd": True, **reflection},
+        "reflection": {"reply": "tagged", "rifd": True, **reflection},
         "execution": {
             "backend": "local",
             "run": str(folder / "run"),

@@ -12,6 +12,7 @@ from pipeline.shard import ShardReport, ShardTask, compute_shard
 from stages.base import Artifact, EngineSpec, FitStage
 from stages.engines.local import handle_of, make_engine
 from stages.engines.settings import ModelSettings
+from stages.storage import Store
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -24,6 +25,12 @@ class FitTask:
     stage: FitStage
     columns: RunColumns
     targets: RunColumns
+    artifacts: Mapping[str, str]
+
+    async def artifact(self, engines: Mapping[str, Any]) -> Artifact:
+        """Fit it with these engines, by role."""
+        stores = {name: Store(url) for name, url in self.artifacts.items()}
+        return await self.stage.fit(self.columns, self.targets, engines, stores)
 
 
 class Backend(Protocol):
@@ -88,7 +95,7 @@ class LocalBackend:
 
     async def fit(self, task: FitTask) -> Artifact:
         """Fit an artifact."""
-        return await task.stage.fit(task.columns, task.targets, self._roles)
+        return await task.artifact(self._roles)
 
     def map(self, fn: Callable[[T], R], tasks: Iterable[T], /) -> Iterable[R]:
         """Answers in order, one task after another."""

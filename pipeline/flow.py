@@ -15,9 +15,11 @@ from stages.embedding.stage import EmbeddingStage
 from stages.emission.stage import EmissionStage
 from stages.errors import ConfigError
 from stages.features.stage import FeaturesStage
+from stages.ingest.settings import ContaminationSettings
 from stages.mixture.stage import MixtureStage, Supply
 from stages.pass_rate.stage import PassRateStage
 from stages.prefixes.stage import PrefixesStage
+from stages.prototypes.stage import PrototypesStage
 from stages.reasoning.stage import ReasoningStage
 from stages.reflection.probe import RepliesStage
 from stages.reflection.stage import ReflectionStage
@@ -50,6 +52,7 @@ ORDER = (
     "reflection",
     "prefixes",
     "dictionary",
+    "prototypes",
     "features",
     "embedding",
     "selection",
@@ -127,13 +130,16 @@ def flow_of(config: Config) -> Flow:
             models,
             config.seed,
             difficulty=config.difficulty,
-            targets=bool(config.targets),
+            unseen=_contamination(config),
         )
     if config.prefixes:
         rows["prefixes"] = PrefixesStage(config.prefixes, models, config.seed)
     if config.dictionary:
         fits["dictionary"] = DictionaryStage(config.dictionary, models, config.seed)
     if config.features and config.dictionary:
+        fits["prototypes"] = PrototypesStage(
+            config.features, config.dictionary, models, config.seed
+        )
         rows["features"] = FeaturesStage(config.features, config.dictionary, models)
     if config.embedding:
         rows["embedding"] = EmbeddingStage(config.embedding, models)
@@ -192,6 +198,12 @@ def _set_stages(config: Config, present: tuple[str, ...]) -> dict[str, SetStage]
         sets["mixture"] = MixtureStage(config.mixture, supply, config.seed)
     sets["emission"] = EmissionStage(emission, config.seed, config.portable_recipe, present)
     return sets
+
+
+def _contamination(config: Config) -> ContaminationSettings | None:
+    """How texts that must stay unseen are found; None where there are none."""
+    found = config.contamination
+    return found if found.sets or (found.targets and config.targets) else None
 
 
 def _selection(config: Config) -> SelectionSettings:

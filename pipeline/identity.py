@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.flow import Flow
-from stages.base import TARGETS, EngineSpec, ReadsFiles
+from stages.base import UNSEEN, EngineSpec, ReadsFiles
 from stages.engines.model_files import model_identity, threads_of
 from stages.engines.settings import BESIDE_BYTES
 from stages.errors import ConfigError
@@ -47,7 +47,7 @@ def ingest_identity(config: Config) -> dict[str, Any]:
     recipe = config.portable_recipe
     return {
         "stage": "ingest",
-        "version": 2,
+        "version": 3,
         "settings": config.ingest.model_dump(mode="json"),
         "contamination": recipe["contamination"],
         "sources": {source["name"]: source for source in recipe["sources"]},
@@ -67,10 +67,11 @@ def stage_identities(config: Config, flow: Flow) -> dict[str, dict[str, Any]]:
             fitted = {
                 artifact: fingerprint(identities[artifact])
                 for artifact in stage.artifacts()
-                if artifact != TARGETS
+                if artifact != UNSEEN
             }
         elif name in flow.fits:
-            stage, upstream, fitted = flow.fits[name], {}, {}
+            stage, upstream = flow.fits[name], {}
+            fitted = {artifact: fingerprint(identities[artifact]) for artifact in stage.artifacts()}
         else:
             stage, upstream, fitted = flow.sets[name], {}, {}
         identity: dict[str, Any] = {
@@ -85,6 +86,9 @@ def stage_identities(config: Config, flow: Flow) -> dict[str, dict[str, Any]]:
             }
             identity["upstream"] = upstream
             identity["artifacts"] = fitted
+        if name == "reflection":
+            fields = {"ngram", "short"}
+            identity["contamination"] = config.contamination.model_dump(include=fields)
         if isinstance(stage, ReadsFiles):
             identity["settings"] |= stage.file_contents()
         if name in ("pass_rate", "rollouts", "reflection"):

@@ -153,7 +153,7 @@ class ShardWorker:
 
     async def fit(self, task: FitTask, pools: Pools) -> Artifact:
         """Fit an artifact."""
-        return await task.stage.fit(task.columns, task.targets, self._of(pools))
+        return await task.artifact(self._of(pools))
 
     def _of(self, pools: Pools) -> dict[str, Any]:
         # Pools come with each call, not with the constructor: a restarted worker must find them.

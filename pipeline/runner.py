@@ -25,10 +25,12 @@ from pipeline.rundir import (
     read_columns,
     read_identity,
     read_manifest,
+    run_columns,
     start_stage,
+    target_columns,
 )
 from pipeline.shard import BESIDE, ShardReport, ShardTask, is_committed
-from stages.base import TARGETS, Checked, RowStage, in_turn
+from stages.base import UNSEEN, Checked, RowStage, in_turn
 from stages.engines.chat_cache import Spent
 from stages.errors import ConfigError, StageError
 from stages.ingest import SCRATCH, content_of, ingest
@@ -188,8 +190,8 @@ class Run:
         if read_identity(self.store, name) != self.identities[name]:
             return False
         if name in self.flow.fits and not self._refits(name):
-            mine = {key: value for key, value in inputs.items() if key == "targets"}
-            return bool(manifest["inputs"].get("targets") == mine.get("targets"))
+            kept = ("targets", *self.flow.fits[name].artifacts())
+            return all(manifest["inputs"].get(key) == inputs.get(key) for key in kept)
         return bool(manifest["inputs"] == dict(inputs))
 
     def _refits(self, name: str) -> bool:
@@ -218,6 +220,8 @@ class Run:
                 found |= {"rows": split["rows"], "targets": split["targets"]}
                 if beside := self._beside_digests(name):
                     found["beside"] = beside
+                if name in self.flow.rows and UNSEEN in self.flow.rows[name].artifacts():
+                    found[UNSEEN] = split[UNSEEN]
             else:
                 found[earlier] = manifest["digest"]
         return found
@@ -234,7 +238,7 @@ class Run:
         self.listener(Event("ingest", "start"))
         started = time.monotonic()
         folder = self.store.child("ingest")
-        for old in ("rejects", "targets", SCRATCH, *parts(self.store, "ingest")):
+        for old in ("rejects", "targets", UNSEEN, SCRATCH, *parts(self.store, "ingest")):
             folder.remove(old)
         mark = fingerprint(self.identities["ingest"])
         searches = self.config.ingest.near_duplicates is not None
@@ -250,17 +254,19 @@ class Run:
         found = [*parts(self.store, "ingest")]
         targets = [f"targets/{part}" for part in parts(self.store, "ingest/targets")]
         rejects = [f"rejects/{part}" for part in parts(self.store, "ingest/rejects")]
+        unseen = [f"{UNSEEN}/{part}" for part in parts(self.store, f"ingest/{UNSEEN}")]
         ids = {part: folder.read_table(part, ["id"])["id"] for part in [*found, *targets]}
         rows = sum(len(ids[part]) for part in found)
         digests = {
             "rows": _joined(ids_digest(ids[part]) for part in found),
             "targets": _joined(folder.sha256(part) for part in targets),
+            UNSEEN: _joined(folder.sha256(part) for part in unseen),
             "parts": {part: ids_digest(ids[part]) for part in [*found, *targets]},
         }
         finish_stage(
             self.store,
             "ingest",
-            [*found, *targets, *rejects],
+            [*found, *targets, *unseen, *rejects],
             {part: len(ids[part]) for part in [*found, *targets]},
             fingerprint=mark,
             inputs=dict(inputs),
@@ -395,7 +401,7 @@ class Run:
         }
 
     def _artifact(self, name: str) -> Store:
-        return self.store.child("ingest/targets" if name == TARGETS else folder_of(name))
+        return self.store.child(f"ingest/{UNSEEN}" if name == UNSEEN else folder_of(name))
 
     def _fitted_digest(self, name: str) -> str:
         """The content of the artifacts that a row stage reads, "" without one."""
@@ -403,9 +409,9 @@ class Run:
             str((read_manifest(self.store, fit) or {})["digest"])
             for fit in self.identities[name]["artifacts"]
         ]
-        if TARGETS in self.flow.rows[name].artifacts():
+        if UNSEEN in self.flow.rows[name].artifacts():
             ingested = read_manifest(self.store, "ingest") or {}
-            digests.append(str(ingested["report"]["digests"]["targets"]))
+            digests.append(str(ingested["report"]["digests"][UNSEEN]))
         return ":".join(digests)
 
     def _limit_key(
@@ -520,7 +526,8 @@ class Run:
         self.listener(Event(name, "start", total=1))
         backend = await self._open(stage)
         columns, targets = self._columns(name), self._targets(name)
-        artifact = await backend.fit(FitTask(stage, columns, targets))
+        stores = {read: self.store.child(folder_of(read)).url for read in stage.artifacts()}
+        artifact = await backend.fit(FitTask(stage, columns, targets, stores))
         folder = self.store.child(folder_of(name))
         for file, data in artifact.files.items():
             folder.write_bytes(file, data)
@@ -569,15 +576,10 @@ class Run:
         return columns.n_rows
 
     def _columns(self, name: str) -> RunColumns:
-        rows = int((read_manifest(self.store, "ingest") or {})["rows"])
-        found = tuple(parts(self.store, "ingest"))
-        return RunColumns(self.store, found, self.flow.home_of(name), rows)
+        return run_columns(self.store, self.flow.home_of(name))
 
     def _targets(self, name: str) -> RunColumns:
-        folder = self.store.child("ingest/targets")
-        found = tuple(parts(self.store, "ingest/targets"))
-        rows = sum(folder.read_table(part, ["id"]).num_rows for part in found)
-        return RunColumns(self.store, found, self.flow.home_of(name), rows, targets=True)
+        return target_columns(self.store, self.flow.home_of(name))
 
     def _made_backend(self) -> Backend:
         if self.backend is None:

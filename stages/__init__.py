@@ -9,7 +9,8 @@ allocation  a budget of further rollouts, shared out where they tell most
 reasoning   length, review ratio and failed steps of a chain of thought
 reflection  a teacher rewrites, the student keeps the better version
 prefixes    the first tokens of a model's own solutions, to be trained on
-dictionary  a sparse autoencoder of the student's residual stream, and the targets' prototypes
+dictionary  a sparse autoencoder of the student's residual stream, trained here or brought
+prototypes  what the targets activate
 features    similarity of each row to the targets by what both activate
 embedding   a sentence vector of each row
 selection   keep or drop, with a reason

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import pyarrow as pa
@@ -42,8 +43,8 @@ def in_turn(fn: Callable[[T], R], tasks: Iterable[T], /) -> Iterable[R]:
 
 EngineKind = Literal["scorer", "generator", "reader", "embedder"]
 
-TARGETS = "targets"
-"""The artifact that is no fit stage's: the folder of the ingested target rows."""
+UNSEEN = "unseen"
+"""The artifact that is no fit stage's: ingest's folder of rows that training must not see."""
 
 
 class Settings(BaseModel):
@@ -142,7 +143,7 @@ class RowStage(Protocol):
         ...
 
     def artifacts(self) -> tuple[str, ...]:
-        """Names of the fit stages whose artifacts it reads; TARGETS for the target rows."""
+        """Names of the fit stages whose artifacts it reads; UNSEEN for ingest's."""
         ...
 
     async def process(
@@ -168,6 +169,9 @@ class ReadsFiles(Protocol):
     def file_contents(self) -> Mapping[str, Any]:
         """By settings field: what identifies the content of the files that it names."""
         ...
+
+
+NO_ARTIFACTS: Mapping[str, Store] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -204,8 +208,16 @@ class FitStage(Protocol):
         """The models it asks, by role."""
         ...
 
+    def artifacts(self) -> tuple[str, ...]:
+        """Names of the earlier fit and set stages whose files it reads."""
+        ...
+
     async def fit(
-        self, columns: ShardedColumns, targets: ShardedColumns, engines: Mapping[str, Any]
+        self,
+        columns: ShardedColumns,
+        targets: ShardedColumns,
+        engines: Mapping[str, Any],
+        artifacts: Mapping[str, Store] = NO_ARTIFACTS,
     ) -> Artifact:
         """The artifact's files."""
         ...

@@ -72,8 +72,8 @@ class FakeReader(TransformersReader):
 
     def __init__(self, asked: Counter[str]) -> None:
         self.asked = asked
-        self._dictionaries = {}
-        self._width_ = WIDTH
+        self._encoders = {}
+        self._references = {}
 
     @property
     def _width(self) -> int:

@@ -17,14 +17,17 @@ from test_dictionary import CODE, MATHS, MODELS, table
 from pipeline.config import read_config
 from pipeline.identity import fingerprint
 from pipeline.runner import Run
-from stages.dictionary.artifact import read_dictionary
+from stages.dictionary.artifact import read_autoencoder
 from stages.dictionary.settings import BROUGHT_FIELDS, TRAINING_FIELDS, DictionarySettings
 from stages.dictionary.stage import DictionaryStage
 from stages.engines.local import LocalHandle
 from stages.engines.model_files import cached_tokenizer
 from stages.engines.reader import TransformersReader
 from stages.errors import ConfigError
+from stages.features.settings import FeaturesSettings
 from stages.features.tokens import masked_sequence
+from stages.prototypes.artifact import read_prototypes
+from stages.prototypes.stage import PrototypesStage
 from stages.rows import Message
 from stages.storage import Store
 
@@ -98,7 +101,12 @@ def test_stage_writes_the_codes_of_the_files_and_their_origin(
     write_sparsify(folder, 576, 64)
     settings = DictionarySettings(layer=3, path=str(folder))
     artifact, store = fitted(settings, reader, targets, tmp_path / "made")
-    sae, prototypes = read_dictionary(store)
+    sae = read_autoencoder(store)
+    stage = PrototypesStage(FeaturesSettings(), settings, MODELS, seed=4)
+    made = asyncio.run(stage.fit(targets, targets, {"student": reader}, {"dictionary": store}))
+    for name, data in made.files.items():
+        store.write_bytes(name, data)
+    prototypes = torch.from_numpy(read_prototypes(store).codes)
     weights = load_file(folder / "sae.safetensors")
     expected = []
     for start in (2, 0):
@@ -145,7 +153,7 @@ def test_stage_brings_latents_to_one_scale_where_that_keeps_the_reconstruction(
     (tmp_path / "files" / "config.json").write_text(json.dumps(cfg))
     settings = DictionarySettings(layer=3, path=str(tmp_path / "files"))
     _, store = fitted(settings, reader, targets, tmp_path / "made")
-    sae, _ = read_dictionary(store)
+    sae = read_autoencoder(store)
     x = states_of(reader, targets.table["effective_messages"].to_pylist()[0], 3)
     h = x @ weights["w_enc"]
     codes = h * (h > 20)

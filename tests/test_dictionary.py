@@ -5,22 +5,20 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pytest
-import torch
 from sharded import Tables
 
-from stages.dictionary.artifact import read_dictionary, task_names
 from stages.dictionary.settings import DictionarySettings
 from stages.dictionary.stage import DictionaryStage
 from stages.engines.local import LocalHandle
 from stages.engines.reader import TransformersReader
 from stages.engines.settings import ModelSettings
-from stages.errors import RowError
+from stages.errors import ConfigError, RowError
 from stages.features.settings import FeaturesSettings
 from stages.features.stage import FeaturesStage
 from stages.features.tokens import masked_sequence
+from stages.prototypes.stage import PrototypesStage
 from stages.rows import MESSAGES
 from stages.storage import Store
 
@@ -69,7 +67,6 @@ def test_training_reads_every_content_token_and_learns(fitted: Any, student_toke
     assert artifact.report["tokens"] == tokens
     curve = artifact.report["curve"]["fvu"]
     assert curve[-1] < 0.8 * curve[0]
-    assert artifact.report["target_rows"] == {"code": 2, "maths": 2}
 
 
 def test_fit_is_reproducible_to_the_byte_whatever_the_shards(fitted: Any) -> None:
@@ -79,53 +76,35 @@ def test_fit_is_reproducible_to_the_byte_whatever_the_shards(fitted: Any) -> Non
     assert dict(again.files) == dict(artifact.files)
 
 
-def test_prototypes_are_means_of_mean_pooled_codes(fitted: Any) -> None:
-    """z = mean over content tokens of the code; prototype = mean over rows (MoNA, Eqs. 7-8)."""
-    reader, store, _, _, targets = fitted
-    sae, prototypes = read_dictionary(store)
-    assert task_names(store) == ["code", "maths"]
-    expected = []
-    for start in (2, 0):
-        codes = []
-        for messages in targets.table["effective_messages"].to_pylist()[start : start + 2]:
-            codes.append(_pooled_code(reader, sae, messages))
-        expected.append(torch.stack(codes).mean(0))
-    torch.testing.assert_close(prototypes, torch.stack(expected), rtol=1e-4, atol=1e-5)
+def test_rows_are_nearer_to_the_task_that_they_resemble(fitted: Any, tmp_path: Any) -> None:
+    reader, store, _, rows, targets = fitted
+    settings, engines = FeaturesSettings(), {"student": reader}
+    prototypes = PrototypesStage(settings, SETTINGS, MODELS, seed=4)
+    artifact = asyncio.run(prototypes.fit(rows, targets, engines, {"dictionary": store}))
+    assert artifact.report["target_rows"] == {"code": 2, "maths": 2}
+    made = Store(str(tmp_path))
+    for name, data in artifact.files.items():
+        made.write_bytes(name, data)
+    stage = FeaturesStage(settings, SETTINGS, MODELS)
+    found = asyncio.run(
+        stage.process(rows.table, engines, {"dictionary": store, "prototypes": made})
+    )
+    assert found["nearest_task"].to_pylist() == ["maths"] * 6 + ["code"] * 6
 
 
-def test_similarities_are_generalised_jaccard_of_single_rows(fitted: Any) -> None:
-    """J(z, p) = sum min(z, p) / sum max(z, p) (MoNA, Eq. 9), one row at a time, unbatched."""
-    reader, store, _, rows, _ = fitted
-    sae, prototypes = read_dictionary(store)
-    stage = FeaturesStage(FeaturesSettings(), SETTINGS, MODELS)
-    made = asyncio.run(
-        stage.process(rows.table, {"student": reader}, {"dictionary": store})
-    ).to_pylist()
-    for messages, row in zip(rows.table["effective_messages"].to_pylist(), made, strict=True):
-        z = _pooled_code(reader, sae, messages).double()
-        expected = [
-            float(torch.minimum(z, p).sum() / torch.maximum(z, p).sum())
-            for p in prototypes.double()
-        ]
-        assert row["similarity_by_task"] == pytest.approx(expected, abs=1e-4)
-        assert row["similarity"] == pytest.approx(max(expected), abs=1e-4)
-        assert row["nearest_task"] == ["code", "maths"][int(np.argmax(expected))]
-
-
-def test_rows_are_nearer_to_the_task_that_they_resemble(fitted: Any) -> None:
-    reader, store, _, rows, _ = fitted
-    stage = FeaturesStage(FeaturesSettings(), SETTINGS, MODELS)
-    made = asyncio.run(stage.process(rows.table, {"student": reader}, {"dictionary": store}))
-    assert made["nearest_task"].to_pylist() == ["maths"] * 6 + ["code"] * 6
-
-
-def _pooled_code(reader: Any, sae: Any, messages: Any) -> torch.Tensor:
-    from stages.engines.model_files import cached_tokenizer
-
-    sequence = masked_sequence(cached_tokenizer(MODELS["student"]), messages, "both", 128)
-    states = asyncio.run(reader.activations([sequence], SETTINGS.layer))
-    with torch.inference_mode():
-        return sae.encode(torch.from_numpy(states)).mean(0)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layer": 30}, r"dictionary\.layer: 30, and .* has 30 blocks.* at most 29"),
+        ({"k": 1153}, r"dictionary\.k: 1153 exceeds the 1152 latents"),
+    ],
+)
+def test_what_the_student_cannot_give_is_refused_from_its_config(
+    change: dict[str, int], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DictionaryStage(SETTINGS.model_copy(update=change), MODELS, 0).check()
+    DictionaryStage(SETTINGS.model_copy(update={"layer": 29, "k": 1152}), MODELS, 0).check()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 from reflection_fakes import SMALL, FakeTeacher, chat, reflect, rewriting, student, table
 
+from stages.ingest.settings import ContaminationSettings
 from stages.overlap import OverlapIndex
 from stages.pass_rate.checker import AnswerChecker
 from stages.reflection import ReflectionSettings, ReflectionStage
@@ -145,11 +146,11 @@ def test_a_rewrite_that_brings_in_a_target_is_refused_with_the_name_of_the_set(
         ReflectionSettings(reply="tagged", max_new_tokens=64),
         {"teacher": SMALL, "student": SMALL},
         seed=0,
-        targets=True,
+        unseen=ContaminationSettings(),
     )
-    assert stage.artifacts() == ("targets",)
+    assert stage.artifacts() == ("unseen",)
     engines = {"teacher": FakeTeacher(rewriting(rewrites, better)), "student": student(ifd, rifd)}
-    out = asyncio.run(stage.process(rows, engines, {"targets": store})).to_pylist()
+    out = asyncio.run(stage.process(rows, engines, {"unseen": store})).to_pylist()
     results = [
         (row["reflection_instruction_result"], row["reflection_response_result"]) for row in out
     ]
@@ -166,5 +167,5 @@ def test_a_rewrite_that_brings_in_a_target_is_refused_with_the_name_of_the_set(
 
     # Another set of targets under the same name is read anew.
     store.write_table("part-00000.parquet", targets.slice(1))
-    out = asyncio.run(stage.process(rows.slice(1, 1), engines, {"targets": store})).to_pylist()
+    out = asyncio.run(stage.process(rows.slice(1, 1), engines, {"unseen": store})).to_pylist()
     assert out[0]["reflection_instruction_result"] == "accepted"

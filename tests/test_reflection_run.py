@@ -96,7 +96,7 @@ def test_rows_without_a_new_response_are_dropped_where_that_is_required(
             assert decision["reason"] == "filter: response_not_rewritten"
 
 
-def test_other_targets_make_every_rewrite_be_checked_again(recipe: Any, execute: Any) -> None:
+def test_other_unseen_texts_make_every_rewrite_be_checked_again(recipe: Any, execute: Any) -> None:
     without_models(recipe)
     first = execute()
     recipe.write_rows("plums", 0, 5)
@@ -107,6 +107,15 @@ def test_other_targets_make_every_rewrite_be_checked_again(recipe: Any, execute:
     assert done.asked["generator"] == 0
     again = execute()
     assert again.kinds("reflection") == ["kept"]
+    recipe.write_rows("quinces", 0, 2)
+    quinces = str(recipe.path.parent / "quinces.jsonl")
+    recipe.value["contamination"] = {"sets": [{"name": "quinces", "path": quinces}]}
+    assert "shard" in execute(restart_from="ingest").kinds("reflection")
+    recipe.write_rows("quinces", 0, 3)
+    assert "shard" in execute().kinds("reflection")
+    # Where targets may be overlapped by rows, they may be by rewrites.
+    recipe.value["contamination"] = {"targets": False}
+    assert flow_of(read_config(recipe.save())).rows["reflection"].artifacts() == ()
 
 
 def test_changed_wording_is_refused_and_a_moved_file_is_nothing_new(
@@ -194,11 +203,11 @@ class CredulousStudent:
     def close(self) -> None: ...
 
 
-@pytest.mark.parametrize("mode", ["sequential", "grid"])
+@pytest.mark.parametrize(("mode", "kind"), [("sequential", "target"), ("grid", "evaluation set")])
 def test_hostile_teacher_gets_nothing_into_the_data_set(
-    recipe: Any, tmp_path: Path, mode: str
+    recipe: Any, tmp_path: Path, mode: str, kind: str
 ) -> None:
-    """No target, no wrong answer; of one text for many rows one row's."""
+    """No target, no evaluation set, no wrong answer; of one text for many rows one row's."""
     without_models(recipe)
     sums = [
         {"question": f"What about sums number {i}?", "answer": f"It is {i} and {i}.\n#### {2 * i}"}
@@ -210,7 +219,11 @@ def test_hostile_teacher_gets_nothing_into_the_data_set(
     recipe.value["sources"].append(
         {"name": "sums", "path": "sums.jsonl", "answer_pattern": r"####\s*(.+)$"}
     )
-    recipe.value["targets"].append({"name": "ducks", "path": "ducks.jsonl"})
+    ducks = {"name": "ducks", "path": "ducks.jsonl"}
+    if kind == "target":
+        recipe.value["targets"].append(ducks)
+    else:
+        recipe.value["contamination"] = {"sets": [ducks]}
     recipe.value["difficulty"] = None
     recipe.value["reflection"] = {"mode": mode, "reply": "tagged"}
     config = read_config(recipe.save())

@@ -196,6 +196,10 @@ class _Training:
                 "student's activations themselves aren't finite: use dtype float32 or bfloat16",
                 stage="train-sae",
             ) from error
+        except ValueError as error:
+            raise StageError(f"the training can't be finished: {error}", stage="train-sae") from (
+                error
+            )
         finally:
             reader.close()
 
@@ -209,7 +213,9 @@ class _Training:
         settings = self._config.training
         state = training_state(self._store, training, settings.buffer, self._config.seed, _device())
         if state.trainer.steps_done:
-            self._say(f"going on after step {state.trainer.steps_done}")
+            self._say(f"going on after step {state.trainer.steps_done} of {settings.steps}")
+        else:
+            self._say(f"filling the buffer with {settings.buffer:,} tokens")
         began, already = time.monotonic(), state.trainer.steps_done
         every = -(-settings.steps // POINTS)
 

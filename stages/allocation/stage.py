@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from stages.allocation.integers import allocated, water_filled
 from stages.allocation.settings import AllocationSettings
 from stages.allocation.weights import allocation_weights, predicted_ratio
-from stages.base import Artifact, Columns, EngineSpec, ShardedColumns
+from stages.base import NO_ARTIFACTS, Artifact, Columns, EngineSpec, ShardedColumns
 from stages.errors import ConfigError, StageError
 from stages.pass_rate.settings import PassRateSettings
 from stages.rows import NOT_REQUESTED, OK
-from stages.storage import parquet_bytes
+from stages.storage import Store, parquet_bytes
 
 ALLOCATION = "allocation.parquet"
 
@@ -84,8 +84,16 @@ class AllocationStage:
         """None."""
         return {}
 
+    def artifacts(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
     async def fit(
-        self, columns: ShardedColumns, targets: ShardedColumns, engines: Mapping[str, Any]
+        self,
+        columns: ShardedColumns,
+        targets: ShardedColumns,
+        engines: Mapping[str, Any],
+        artifacts: Mapping[str, Store] = NO_ARTIFACTS,
     ) -> Artifact:
         """`allocation.parquet`: id and number of further rollouts of every row that gets any.
 

@@ -1,38 +1,14 @@
-"""The dictionary's files: a sparse autoencoder in SAELens' format, and prototypes of the tasks."""
+"""The dictionary's files: a sparse autoencoder in SAELens' format."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
-from safetensors.torch import load, save
-from torch import Tensor
-
 from stages.dictionary.checkpoint import sae_from_bytes
 from stages.dictionary.sae import SparseAutoencoder
-from stages.rows import canonical_json
 from stages.storage import Store
 
-PROTOTYPES = "prototypes.safetensors"
-TASKS = "tasks.json"
 _SAE_FILES = ("cfg.json", "sae_weights.safetensors")
 
 
-def prototype_files(prototypes: Tensor, tasks: Sequence[str]) -> dict[str, bytes]:
-    """Prototypes [tasks, latents] and the tasks' names, as files."""
-    return {
-        PROTOTYPES: save({"prototypes": prototypes.contiguous()}),
-        TASKS: canonical_json(list(tasks)).encode(),
-    }
-
-
-def read_dictionary(store: Store) -> tuple[SparseAutoencoder, Tensor]:
-    """The autoencoder, and the prototypes float32 [tasks, latents]."""
-    sae = sae_from_bytes({name: store.read_bytes(name) for name in _SAE_FILES}).eval()
-    prototypes = load(store.read_bytes(PROTOTYPES))["prototypes"]
-    return sae, prototypes.to(torch.float32)
-
-
-def task_names(store: Store) -> list[str]:
-    """Names of the tasks, in the order of the prototypes."""
-    return [str(name) for name in store.read_json(TASKS)]
+def read_autoencoder(store: Store) -> SparseAutoencoder:
+    """The autoencoder, in evaluation mode."""
+    return sae_from_bytes({name: store.read_bytes(name) for name in _SAE_FILES}).eval()

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from stages.base import Artifact, Columns, EngineSpec, ShardedColumns
+from stages.base import NO_ARTIFACTS, Artifact, Columns, EngineSpec, ShardedColumns
 from stages.dictionary.brought import brought_files, brought_sae, check_brought
 from stages.dictionary.checks import check_active, check_layer
 from stages.dictionary.settings import DictionarySettings
@@ -20,6 +20,7 @@ from stages.engines.settings import ModelSettings
 from stages.errors import RowError, StageError
 from stages.features.tokens import masked_sequence
 from stages.rows import key_hash
+from stages.storage import Store
 
 if TYPE_CHECKING:
     import torch
@@ -77,16 +78,23 @@ class DictionaryStage:
             return {}
         return {"path": brought_files(self.settings)}
 
+    def artifacts(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
     async def fit(
-        self, columns: ShardedColumns, targets: ShardedColumns, engines: Mapping[str, Any]
+        self,
+        columns: ShardedColumns,
+        targets: ShardedColumns,
+        engines: Mapping[str, Any],
+        artifacts: Mapping[str, Store] = NO_ARTIFACTS,
     ) -> Artifact:
-        """The autoencoder's and the prototypes' files.
+        """The autoencoder's files.
 
         Raises:
             ConfigError: an autoencoder that was brought can't be read.
-            StageError: the rows have no token to train on, or a task has none to stand for it.
+            StageError: the rows have no token to train on.
         """
-        from stages.dictionary.artifact import prototype_files
         from stages.dictionary.checkpoint import sae_bytes
 
         set_threads(self._student)
@@ -96,7 +104,6 @@ class DictionaryStage:
         else:
             sae, provenance = brought_sae(self.settings)
             report = {"quality": await self._quality(targets, reader, sae)}
-        prototypes, tasks, target_rows = await self._prototypes(targets, reader, sae)
         files = sae_bytes(
             sae,
             {
@@ -107,11 +114,7 @@ class DictionaryStage:
                 **provenance,
             },
         )
-        report |= {
-            "latents": sae.config.d_sae,
-            "target_rows": dict(zip(tasks, target_rows, strict=True)),
-        }
-        return Artifact({**files, **prototype_files(prototypes, tasks)}, report)
+        return Artifact(files, report | {"latents": sae.config.d_sae})
 
     async def _made(
         self, columns: ShardedColumns, reader: FeatureReader
@@ -221,39 +224,6 @@ class DictionaryStage:
         return sae, {
             name: list(values) for name, values in zip(TrainingPoint._fields, columns, strict=True)
         }
-
-    async def _prototypes(
-        self, targets: ShardedColumns, reader: FeatureReader, sae: SparseAutoencoder
-    ) -> tuple[torch.Tensor, list[str], list[int]]:
-        """Mean code of each task's rows, [tasks, latents]; tasks sorted; rows behind each."""
-        import torch
-
-        from stages.features.jaccard import prototype
-        from stages.features.pooling import mean_pool_dense
-
-        codes: dict[str, list[torch.Tensor]] = {}
-        for table in targets.iter(("id", "effective_messages", "task")):
-            sequences = self._sequences(table)
-            usable = [
-                (task, sequence)
-                for task, sequence in zip(table["task"].to_pylist(), sequences, strict=True)
-                if sequence is not None
-            ]
-            if not usable:
-                continue
-            states = await reader.activations([s for _, s in usable], self.settings.layer)
-            lengths = torch.tensor([sum(sequence.keep) for _, sequence in usable])
-            owner = torch.repeat_interleave(torch.arange(len(usable)), lengths)
-            with torch.inference_mode():
-                tokens = sae.encode(torch.from_numpy(states))
-                pooled = mean_pool_dense(tokens, owner, len(usable), lengths)
-            for (task, _), code in zip(usable, pooled, strict=True):
-                codes.setdefault(task, []).append(code)
-        if not codes:
-            raise StageError("no target row has a content token", stage=self.name)
-        tasks = sorted(codes)
-        stacked = torch.stack([prototype(torch.stack(codes[task])) for task in tasks])
-        return stacked, tasks, [len(codes[task]) for task in tasks]
 
     def _sequences(self, table: pa.Table) -> list[MaskedSequence | None]:
         tokenizer = cached_tokenizer(self._student)

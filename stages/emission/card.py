@@ -122,7 +122,10 @@ def _use(facts: Facts, trainers: Sequence[str]) -> str:
         counts = {name: facts.splits[name] for name in (TRAIN, VALIDATION)}
         held = "\n\n" + _table(
             ["split", "rows", "prompts"],
-            [[name, f"{lines:,}", f"{prompts:,}"] for name, (lines, prompts) in counts.items()],
+            [
+                [name, f"{lines:,}", f"{prompts or 0:,}"]
+                for name, (lines, prompts) in counts.items()
+            ],
             left=1,
         )
         held += (

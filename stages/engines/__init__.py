@@ -9,10 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
+
+    from stages.features.settings import FeaturesSettings, Pooling
 
 TokenIds = Sequence[int]
 
@@ -114,6 +119,29 @@ class MaskedSequence:
 
 
 @dataclass(frozen=True)
+class RowFeatures:
+    """What rows activate, against what the targets activate.
+
+    Attributes:
+        by_task: similarity to each task, float64 [rows, tasks].
+        by_target: similarity to each target row, float32 [rows, targets]; None: not asked for.
+        active: active latents of each row, int32, ascending; None: not asked for.
+    """
+
+    by_task: NDArray[np.float64]
+    by_target: NDArray[np.float32] | None
+    active: list[NDArray[np.int32]] | None
+
+
+@dataclass(frozen=True)
+class LatentCounts:
+    """By latent, rows and tokens that activate it, int64 [latents]."""
+
+    rows: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
 class Embedded:
     """L2-normalised float32 vectors [n, d], and in how many chunks each text was embedded [n]."""
 
@@ -156,10 +184,43 @@ class FeatureReader(Protocol):
         """Residual stream of every kept token, float32 [tokens, d], rows in order."""
         ...
 
-    async def similarities(
+    async def mean_states(
+        self, sequences: Sequence[MaskedSequence], layer: int
+    ) -> NDArray[np.float32]:
+        """Mean residual stream of every row's kept tokens, float32 [rows, d]."""
+        ...
+
+    async def features(
+        self,
+        sequences: Sequence[MaskedSequence],
+        layer: int,
+        dictionary: str,
+        prototypes: str,
+        settings: FeaturesSettings,
+    ) -> RowFeatures:
+        """Similarities to the targets, and active latents; artifacts by the URL of their folder."""
+        ...
+
+    async def pooled_codes(
+        self, sequences: Sequence[MaskedSequence], layer: int, dictionary: str, pooling: Pooling
+    ) -> csr_array:
+        """Pooled code of every row, float32 [rows, latents]."""
+        ...
+
+    async def latent_counts(
         self, sequences: Sequence[MaskedSequence], layer: int, dictionary: str
-    ) -> NDArray[np.float64]:
-        """Generalised Jaccard similarity to each prototype of the dictionary, [rows, tasks]."""
+    ) -> LatentCounts:
+        """How many of these rows, and of their tokens, activate each latent."""
+        ...
+
+    async def latent_activations(
+        self,
+        sequences: Sequence[MaskedSequence],
+        layer: int,
+        dictionary: str,
+        latents: Sequence[int],
+    ) -> list[NDArray[np.float32]]:
+        """Activations of some latents at every kept token, float32 [tokens, latents] a row."""
         ...
 
 

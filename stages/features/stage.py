@@ -18,21 +18,22 @@ from stages.features.tokens import masked_sequence
 from stages.rows import LABEL, OK, status_field
 from stages.storage import Store
 
-_ADDS = pa.schema(
-    [
-        ("similarity", pa.float32()),
-        ("similarity_by_task", pa.list_(pa.float32())),
-        ("nearest_task", LABEL),
-        ("tokens", pa.int32()),
-        ("features_truncated", pa.bool_()),
-        status_field("features"),
-    ]
+_ADDS = (
+    pa.field("similarity", pa.float32()),
+    pa.field("similarity_by_task", pa.list_(pa.float32())),
+    pa.field("nearest_task", LABEL),
+    pa.field("tokens", pa.int32()),
+    pa.field("features_truncated", pa.bool_()),
+    status_field("features"),
 )
+_BY_TARGET = pa.field("similarity_by_target", pa.list_(pa.float32()))
+_ACTIVE = pa.field("active_features", pa.list_(pa.int32()))
 
 
 class FeaturesStage:
-    """Generalised Jaccard similarity of mean-pooled sparse codes to each task's prototype.
+    """Similarity of each row's pooled sparse code to the targets', and its active latents.
 
+    By default the generalised Jaccard similarity of mean-pooled codes to each task's prototype.
     Source: MoNA (arXiv 2503.15573), Eqs. 7-9.
     """
 
@@ -50,18 +51,20 @@ class FeaturesStage:
         self.settings = settings
         self._student = models[settings.student]
         self._layer = dictionary.layer if settings.layer is None else settings.layer
+        asked = [(_BY_TARGET, settings.by_target), (_ACTIVE, settings.active_above is not None)]
+        self._adds = pa.schema([*_ADDS[:-1], *(f for f, wanted in asked if wanted), _ADDS[-1]])
 
     def columns(self) -> Columns:
         """Reads the text that stands after reflection."""
-        return Columns(("id", "effective_messages"), _ADDS)
+        return Columns(("id", "effective_messages"), self._adds)
 
     def engines(self) -> Mapping[str, EngineSpec]:
         """The student's activations."""
         return {"student": EngineSpec("reader", self.settings.student, self._student)}
 
     def artifacts(self) -> tuple[str, ...]:
-        """The dictionary."""
-        return ("dictionary",)
+        """The dictionary, and what the targets activate."""
+        return ("dictionary", "prototypes")
 
     async def process(
         self, rows: pa.Table, engines: Mapping[str, Any], artifacts: Mapping[str, Store]
@@ -69,7 +72,6 @@ class FeaturesStage:
         """Similarities of every row, in order."""
         tokenizer = cached_tokenizer(self._student)
         sequences: list[MaskedSequence] = []
-        sizes: list[int] = []
         records: list[dict[str, Any]] = []
         for messages in rows["effective_messages"].to_pylist():
             try:
@@ -80,24 +82,26 @@ class FeaturesStage:
                 records.append({"features_status": f"failed: {error}"})
                 continue
             sequences.append(sequence)
-            sizes.append(len(sequence.ids))
-            records.append({"features_status": OK, "tokens": sum(sequence.keep)})
-        tasks = [str(name) for name in artifacts["dictionary"].read_json("tasks.json")]
-        reader: FeatureReader = engines["student"]
-        scores = iter(
-            zip(
-                await reader.similarities(sequences, self._layer, artifacts["dictionary"].url),
-                sizes,
-                strict=True,
-            )
-        )
-        for record in records:
-            if record["features_status"] == OK:
-                by_task, size = next(scores)
-                record |= {
-                    "similarity": float(getattr(by_task, self.settings.aggregate)()),
-                    "similarity_by_task": by_task.tolist(),
-                    "nearest_task": tasks[int(by_task.argmax())],
-                    "features_truncated": size >= self._student.max_length,
+            records.append(
+                {
+                    "features_status": OK,
+                    "tokens": sum(sequence.keep),
+                    "features_truncated": len(sequence.ids) >= self._student.max_length,
                 }
-        return pa.Table.from_pylist(records, schema=_ADDS)
+            )
+        tasks = [str(name) for name in artifacts["prototypes"].read_json("tasks.json")]
+        reader: FeatureReader = engines["student"]
+        dictionary, prototypes = (artifacts[name].url for name in self.artifacts())
+        found = await reader.features(sequences, self._layer, dictionary, prototypes, self.settings)
+        read = [record for record in records if record["features_status"] == OK]
+        for place, (record, by_task) in enumerate(zip(read, found.by_task, strict=True)):
+            record |= {
+                "similarity": float(getattr(by_task, self.settings.aggregate)()),
+                "similarity_by_task": by_task.tolist(),
+                "nearest_task": tasks[int(by_task.argmax())],
+            }
+            if found.by_target is not None:
+                record["similarity_by_target"] = found.by_target[place]
+            if found.active is not None:
+                record["active_features"] = found.active[place]
+        return pa.Table.from_pylist(records, schema=self._adds)

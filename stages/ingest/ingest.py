@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from stages.base import Each, in_turn
+from stages.base import UNSEEN, Each, in_turn
 from stages.errors import ConfigError, StageError
 from stages.ingest.contamination import first_overlaps, unseen_index, unseen_texts
 from stages.ingest.near_duplicates import found_near_duplicates, source_ranks
@@ -53,6 +53,8 @@ _SCRATCH_ROWS, _SCRATCH_CHARS = 8192, 16_000_000
 _SCRATCH_SCHEMA = ROWS.append(pa.field("chars", pa.int64())).append(
     pa.field("end_markers", pa.bool_())
 )
+
+_UNSEEN_SCHEMA = pa.schema([TARGETS.field("source"), TARGETS.field("messages")])
 
 _Seen = dict[bytes, str]
 """Ids of rows, and the source that holds each."""
@@ -135,6 +137,7 @@ class _Ingest:
             store, REJECTS, metadata, folder="rejects", max_rows=REJECTS_PER_SHARD
         )
         self._unseen: list[tuple[str, str]] = []
+        self._unseen_rows = ShardWriter(store, _UNSEEN_SCHEMA, metadata, folder=UNSEEN)
 
     def run(self) -> IngestReport:
         report = IngestReport()
@@ -168,6 +171,7 @@ class _Ingest:
             report.sets[one.name] = found = self._reported(one)
             for rows in self._taken(one, found, None, {}, None):
                 self._collect(one.name, rows)
+        self._unseen_rows.flush()
 
     def _read_sources(self, report: IngestReport) -> None:
         index = unseen_index(self._unseen, self._contamination)
@@ -186,6 +190,8 @@ class _Ingest:
                     self._rows.add(table_of(rows, ROWS), chars)
 
     def _collect(self, name: str, rows: Sequence[Row]) -> None:
+        """Keep what rows must not hold, and write the rows for stages that make new text."""
+        self._unseen_rows.add(table_of(rows, _UNSEEN_SCHEMA))
         for row in rows:
             texts = unseen_texts(row.messages, self._contamination.part)
             self._unseen += [(name, text) for text in texts]

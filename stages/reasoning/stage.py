@@ -40,7 +40,7 @@ class ReasoningStage:
     """
 
     name = "reasoning"
-    version = 1
+    version = 2
     on_targets = False
 
     def __init__(

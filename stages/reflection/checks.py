@@ -1,7 +1,8 @@
 """What a rewrite must not do, whatever the student says of it.
 
-It must not bring in a text of the targets, and a new response must still give the row's reference
-answer. Doubt keeps the original: an answer that can't be compared counts as not given.
+It must not bring in a text of the targets or of an evaluation set, and a new response must still
+give the row's reference answer. Doubt keeps the original: an answer that can't be compared counts
+as not given.
 """
 
 from __future__ import annotations
@@ -69,13 +70,13 @@ _PROBLEMS = {
 }
 
 
-def unseen_texts(targets: pa.Table) -> Iterator[tuple[str, str]]:
-    """Pairs of a target's name and a text of it: questions, and answers long enough to be known.
+def unseen_texts(rows: pa.Table) -> Iterator[tuple[str, str]]:
+    """Pairs of a set's name and a text of it: questions, and answers long enough to be known.
 
     Args:
-        targets: with the columns source and messages.
+        rows: of targets and evaluation sets, with the columns source and messages.
     """
-    for name, messages in zip(targets["source"].to_pylist(), messages_of(targets), strict=True):
+    for name, messages in zip(rows["source"].to_pylist(), messages_of(rows), strict=True):
         for turn in messages or []:
             telling = turn["role"] == "assistant" and _words(turn["content"]) >= _TELLING_WORDS
             if turn["role"] == "user" or telling:
@@ -87,22 +88,25 @@ def _words(text: str) -> int:
 
 
 @lru_cache(maxsize=2)
-def target_index(url: str, digest: str) -> OverlapIndex:
-    """The index of a folder of ingested targets, kept between shards.
+def unseen_index(url: str, digest: str, ngram: int, short: int) -> OverlapIndex:
+    """The index of ingest's folder of unseen rows, kept between shards.
 
     Args:
         url: of the folder.
         digest: of its content, so that a folder which was written anew is read anew.
+        ngram: words in a run that two texts may not share.
+        short: fewest words of an unseen text that may not stand inside a longer one.
     """
     store = Store(url)
-    return OverlapIndex(
+    pairs = (
         pair
         for name in store.names()
         if name.startswith("part-")
         for pair in unseen_texts(store.read_table(name, ["source", "messages"]))
     )
+    return OverlapIndex(pairs, n=ngram, short=short)
 
 
-def targets_digest(store: Store) -> str:
-    """What identifies the content of a folder of ingested targets."""
+def folder_digest(store: Store) -> str:
+    """What identifies the content of ingest's folder of unseen rows."""
     return ":".join(store.sha256(name) for name in store.names() if name.startswith("part-"))

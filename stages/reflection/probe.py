@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import pyarrow as pa
 
-from stages.base import Artifact, Columns, EngineSpec, Settings, ShardedColumns
+from stages.base import NO_ARTIFACTS, Artifact, Columns, EngineSpec, Settings, ShardedColumns
 from stages.engines.settings import ModelSettings
 from stages.errors import StageError
 from stages.reflection.parsing import ParseFailure
@@ -71,8 +71,16 @@ class RepliesStage:
         """The prompts count by their texts, wherever their file lies."""
         return {"prompts": self._prompts.digest}
 
+    def artifacts(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
     async def fit(
-        self, columns: ShardedColumns, targets: ShardedColumns, engines: Mapping[str, Any]
+        self,
+        columns: ShardedColumns,
+        targets: ShardedColumns,
+        engines: Mapping[str, Any],
+        artifacts: Mapping[str, Store] = NO_ARTIFACTS,
     ) -> Artifact:
         """`replies.json`: the form, and of every form how many replies failed by which code.
 

@@ -7,15 +7,16 @@ from typing import Any
 
 import pyarrow as pa
 
-from stages.base import TARGETS, Columns, EngineSpec
+from stages.base import UNSEEN, Columns, EngineSpec
 from stages.difficulty.losses import ResponseLoss
 from stages.difficulty.settings import DifficultySettings
 from stages.engines.model_files import cached_tokenizer
 from stages.engines.settings import ModelSettings
 from stages.errors import ConfigError
+from stages.ingest.settings import ContaminationSettings
 from stages.overlap import OverlapIndex
 from stages.pass_rate.checker import AnswerChecker
-from stages.reflection.checks import RewriteChecks, target_index, targets_digest
+from stages.reflection.checks import RewriteChecks, folder_digest, unseen_index
 from stages.reflection.grid import reflect_in_grid
 from stages.reflection.offers import Offers
 from stages.reflection.probe import REPLIES, probed_form
@@ -53,7 +54,7 @@ class ReflectionStage:
         seed: int,
         *,
         difficulty: DifficultySettings | None = None,
-        targets: bool = False,
+        unseen: ContaminationSettings | None = None,
     ) -> None:
         """Look up teacher and student, and read the prompts.
 
@@ -62,7 +63,7 @@ class ReflectionStage:
             models: the recipe's models by name.
             seed: the run's; the teacher's text is drawn from it, the row's id and the purpose.
             difficulty: the section of the stage that scored the rows before, where there is one.
-            targets: whether there are targets, whose texts no rewrite may bring in.
+            unseen: how texts are found that no rewrite may bring in; None: there are none.
 
         Raises:
             ConfigError: the recipe has no such model, replies leave no room for a prompt, or the
@@ -78,7 +79,7 @@ class ReflectionStage:
         self._student = models[settings.student]
         self._seed = seed
         self._prompts = read_prompts(settings.prompts)
-        self._targets = targets
+        self._contamination = unseen
         self._is_scored = difficulty is not None and _scores_alike(
             models[difficulty.student], difficulty, self._student
         )
@@ -106,9 +107,9 @@ class ReflectionStage:
         }
 
     def artifacts(self) -> tuple[str, ...]:
-        """The targets, where there are any, and the form of reply, where it has to be found."""
+        """What must stay unseen, and the form of reply, each where there is any to find."""
         found = (REPLIES,) if self.settings.reply == "auto" else ()
-        return (*found, TARGETS) if self._targets else found
+        return (*found, UNSEEN) if self._contamination else found
 
     def file_contents(self) -> Mapping[str, str]:
         """The prompts count by their texts, wherever their file lies."""
@@ -183,10 +184,11 @@ class ReflectionStage:
         ]
 
     def _unseen(self, artifacts: Mapping[str, Store]) -> OverlapIndex:
-        if not self._targets:
+        if self._contamination is None:
             return OverlapIndex(())
-        store = artifacts[TARGETS]
-        return target_index(store.url, targets_digest(store))
+        store = artifacts[UNSEEN]
+        digest = folder_digest(store)
+        return unseen_index(store.url, digest, self._contamination.ngram, self._contamination.short)
 
 
 def _scores_alike(

@@ -1,26 +1,34 @@
-"""The selection stage: filters, then the top by a named score, with a reason for every row."""
+"""The selection stage: filters, then the best rows by a method, with a reason for every row."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from stages.base import Columns, Outcome, ShardedColumns
 from stages.errors import ConfigError, StageError
 from stages.licenses import LicensePolicy, license_name
 from stages.rows import LABEL, Message, row_id
 from stages.rules import rule_columns, rule_mask
+from stages.selection.activation_coverage import ACTIVE, coverage_report
+from stages.selection.methods import method_of
+from stages.selection.ranking import FloatArray, IntArray, best_rows, id_order
 from stages.selection.semantic import SemanticDuplicates, vectors_of
 from stages.selection.settings import SelectionSettings
+from stages.selection.strata import length_strata, stratum_quotas
 from stages.storage import Store
 
 KEPT = "kept"
+BY_TARGET = "_by_target"
+"""How the names of columns end that hold one score a target row."""
 
 DECISIONS = pa.schema(
     [
@@ -39,6 +47,29 @@ _WITH_DETAIL = ("duplicate_text", "semantic_duplicate", KEPT)
 """Reasons that end in something of one row alone."""
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """What the pass over the shards keeps of every row, in order.
+
+    Attributes:
+        ids: string [n].
+        sources: name of each row's source.
+        reasons: why a row is dropped before any ranking; None where it isn't.
+        scores: float64 [n], NaN where there is none.
+        lacking: rows without what the method ranks by, bool [n].
+        tokens: int64 [n].
+        lists: the list column that the method ranks by, of the rows that it can rank.
+    """
+
+    ids: pa.ChunkedArray
+    sources: list[str]
+    reasons: list[str | None]
+    scores: FloatArray
+    lacking: NDArray[np.bool_]
+    tokens: IntArray
+    lists: pa.ChunkedArray | None
+
+
 class SelectionStage:
     """Keeps or drops every row; ties go to the lower id."""
 
@@ -55,15 +86,17 @@ class SelectionStage:
         """Keep the settings, the names of anchor sources and of the columns there are, the policy.
 
         Raises:
-            ConfigError: a rule or the score names a column that no stage adds.
+            ConfigError: a rule or the score names a column that no stage adds, or one that the
+                method can't rank by.
         """
         self.settings = settings
         self._anchors = anchors
         self._policy = policy
         self._measured_tokens = "tokens" in present
-        named = set().union(*(rule_columns(item.rule) for item in settings.filters))
-        if settings.score:
-            named.add(settings.score)
+        self._counts_features = ACTIVE in present
+        self._score, self._lists = _ranked_by(settings, present)
+        ranked_by = {name for name in (self._score, self._lists) if name is not None}
+        named = ranked_by.union(*(rule_columns(item.rule) for item in settings.filters))
         absent = sorted(named - present)
         if absent:
             raise ConfigError(
@@ -75,7 +108,7 @@ class SelectionStage:
         self._named = tuple(sorted(named))
 
     def columns(self) -> Columns:
-        """Ids, sources, effective texts, and the columns that its rules name."""
+        """Ids, sources, effective texts, and the columns that it ranks by and its rules name."""
         tokens = ("tokens",) if self._measured_tokens else ()
         licenses = ("license",) if self._policy else ()
         vectors = () if self.settings.semantic_duplicates is None else ("embedding",)
@@ -89,47 +122,75 @@ class SelectionStage:
     ) -> Outcome:
         """Decisions of all rows.
 
-        Holds about 100 bytes a row, and with `semantic_duplicates` the vector of each kept one.
+        Holds about 100 bytes a row. Of every row that is ranked it holds beside that, for method
+        round_robin, 12 bytes a target row, and for coverage and mixed 8 bytes an active feature
+        and about 130; with `semantic_duplicates` the vector of each kept row.
         """
-        ids: list[str] = []
-        sources: list[str] = []
-        reasons: list[str | None] = []
-        scores: list[float] = []
-        tokens: list[int] = []
-        seen = self._anchor_texts(columns)
-        semantic = self._anchor_vectors(columns)
-        for table in columns.iter(self.columns().needs):
-            shard = self._shard_reasons(table, seen)
-            if semantic is not None:
-                _drop_semantic_duplicates(table, shard, semantic)
-            ids += table["id"].to_pylist()
-            sources += table["source"].to_pylist()
-            reasons += shard
-            scores += self._scores(table)
-            tokens += self._tokens(table)
-        for place in self._beyond_the_cut(ids, sources, reasons, scores):
+        rows = self._passed(columns)
+        reasons = list(rows.reasons)
+        for place in self._beyond_the_cut(rows):
             reasons[place] = "below_cut"
-        for place, (reason, score) in enumerate(zip(reasons, scores, strict=True)):
-            if reason is None and self.settings.score and math.isnan(score):
-                reasons[place] = "kept: no score" if self.settings.missing == "keep_last" else None
-        keep = [reason is None or reason.startswith(KEPT) for reason in reasons]
-        if not any(keep):
+        for place in np.flatnonzero(rows.lacking).tolist():
+            if reasons[place] is None:
+                reasons[place] = "kept: no score"
+        keep = np.array([reason is None or reason.startswith(KEPT) for reason in reasons], bool)
+        if not keep.any():
             counted = Counter(_code(reason) for reason in reasons)
             raise StageError(
-                f"selection left no row of {len(ids)}: {dict(counted)}; loosen the filters",
+                f"selection left no row of {len(keep)}: {dict(counted)}; loosen the filters",
                 stage=self.name,
             )
         decisions = pa.table(
             {
-                "id": ids,
-                "source": sources,
+                "id": rows.ids,
+                "source": rows.sources,
                 "keep": keep,
                 "reason": [reason or KEPT for reason in reasons],
-                "score": pa.array(scores, pa.float32(), from_pandas=True),
-                "tokens": tokens,
+                "score": pa.array(rows.scores, pa.float32(), from_pandas=True),
+                "tokens": rows.tokens,
             }
         ).cast(DECISIONS)
-        return Outcome({"decisions.parquet": decisions}, self._report(sources, reasons, keep))
+        report = self._report(rows.sources, reasons, keep)
+        if self._counts_features:
+            report["activation_coverage"] = coverage_report(columns, targets, keep)
+        return Outcome({"decisions.parquet": decisions}, report)
+
+    def _passed(self, columns: ShardedColumns) -> _Rows:
+        """One pass: what the filters say of every row, and what the rest is ranked by."""
+        ids: list[pa.Array] = []
+        sources: list[str] = []
+        reasons: list[str | None] = []
+        scores: list[FloatArray] = []
+        lacking: list[NDArray[np.bool_]] = []
+        tokens: list[IntArray] = []
+        lists: list[pa.ChunkedArray] = []
+        seen = self._anchor_texts(columns)
+        semantic = self._anchor_vectors(columns)
+        for table in columns.iter(self.columns().needs):
+            missing = self._missing(table)
+            shard = self._shard_reasons(table, missing, seen)
+            if semantic is not None:
+                _drop_semantic_duplicates(table, shard, semantic)
+            ids += table["id"].chunks
+            sources += table["source"].to_pylist()
+            reasons += shard
+            scores.append(self._scores(table))
+            lacking.append(np.array([name is not None for name in missing], dtype=bool))
+            tokens.append(self._tokens(table))
+            if self._lists is not None:
+                able = [not (reason or none) for reason, none in zip(shard, missing, strict=True)]
+                lists.append(table[self._lists].filter(pa.array(able, pa.bool_())))
+        return _Rows(
+            pa.chunked_array(ids, pa.string()),
+            sources,
+            reasons,
+            np.concatenate(scores),
+            np.concatenate(lacking),
+            np.concatenate(tokens),
+            pa.chunked_array([chunk for column in lists for chunk in column.chunks], lists[0].type)
+            if lists
+            else None,
+        )
 
     def _anchor_texts(self, columns: ShardedColumns) -> dict[bytes, str]:
         """Texts that the user already trains on: they count as seen wherever they stand."""
@@ -155,7 +216,9 @@ class SelectionStage:
             found.add(mine["id"].to_pylist(), vectors_of(mine["embedding"]))
         return found
 
-    def _shard_reasons(self, table: pa.Table, seen: dict[bytes, str]) -> list[str | None]:
+    def _shard_reasons(
+        self, table: pa.Table, missing: Sequence[str | None], seen: dict[bytes, str]
+    ) -> list[str | None]:
         """Why each row of a shard is dropped before any ranking; None where it isn't."""
         reasons: list[str | None] = [
             "anchor" if source in self._anchors else None for source in table["source"].to_pylist()
@@ -168,10 +231,10 @@ class SelectionStage:
             for place, met in enumerate(rule_mask(item.rule, table).to_pylist()):
                 if not met and reasons[place] is None:
                     reasons[place] = f"filter: {item.reason or item.rule}"
-        if self.settings.score and self.settings.missing == "drop":
-            for place, score in enumerate(self._scores(table)):
-                if math.isnan(score) and reasons[place] is None:
-                    reasons[place] = f"missing_score: {self.settings.score}"
+        if self.settings.missing == "drop":
+            for place, name in enumerate(missing):
+                if name is not None and reasons[place] is None:
+                    reasons[place] = f"missing_score: {name}"
         if self.settings.duplicates:
             rows = zip(
                 table["id"].to_pylist(), table["effective_messages"].to_pylist(), strict=True
@@ -183,39 +246,74 @@ class SelectionStage:
                         reasons[place] = f"duplicate_text: {first}"
         return reasons
 
-    def _scores(self, table: pa.Table) -> list[float]:
-        if not self.settings.score:
-            return [math.nan] * table.num_rows
-        column = table[self.settings.score]
+    def _missing(self, table: pa.Table) -> list[str | None]:
+        """By row, a column that it should be ranked by and hasn't; None where it has all."""
+        missing: list[str | None] = [None] * table.num_rows
+        for name in (self._lists, self._score):
+            if name is not None:
+                nulls = table[name].is_null(nan_is_null=name == self._score).to_numpy()
+                for place in np.flatnonzero(nulls).tolist():
+                    missing[place] = name
+        return missing
+
+    def _scores(self, table: pa.Table) -> FloatArray:
+        if self._score is None:
+            return np.full(table.num_rows, math.nan)
+        column = table[self._score]
         if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
-            raise ConfigError(f"selection.score {self.settings.score} is no number: {column.type}")
-        return [math.nan if value is None else float(value) for value in column.to_pylist()]
+            raise ConfigError(f"selection.score {self._score} is no number: {column.type}")
+        return np.asarray(column.cast(pa.float64()).to_numpy(), np.float64)
 
-    def _tokens(self, table: pa.Table) -> list[int]:
+    def _tokens(self, table: pa.Table) -> IntArray:
         if self._measured_tokens:
-            return [value or 0 for value in table["tokens"].to_pylist()]
-        return [
-            sum(len(turn["content"].encode()) for turn in messages) // _BYTES_PER_TOKEN + 1
-            for messages in table["effective_messages"].to_pylist()
-        ]
+            return np.asarray(table["tokens"].fill_null(0).to_numpy(), np.int64)
+        return np.array(
+            [
+                sum(len(turn["content"].encode()) for turn in messages) // _BYTES_PER_TOKEN + 1
+                for messages in table["effective_messages"].to_pylist()
+            ],
+            np.int64,
+        )
 
-    def _beyond_the_cut(
-        self, ids: list[str], sources: list[str], reasons: list[str | None], scores: list[float]
-    ) -> list[int]:
+    def _beyond_the_cut(self, rows: _Rows) -> list[int]:
         """Places of passing rows that rank behind the wanted number."""
-        if not self.settings.score:
+        if not self.settings.ranks:
             return []
-        sign = -1.0 if self.settings.order == "highest" else 1.0
-        values = np.asarray(scores) * sign
-        passing = [place for place, reason in enumerate(reasons) if reason is None]
-        groups: dict[str, list[int]] = {}
-        for place in passing:
-            groups.setdefault(sources[place] if self.settings.per_source else "", []).append(place)
+        passing = np.array([reason is None for reason in rows.reasons], bool)
+        able = np.flatnonzero(passing & ~rows.lacking).astype(np.int64)
+        number = np.cumsum(passing & ~rows.lacking) - 1
+        pick = method_of(
+            self.settings, rows.ids.take(pa.array(able)), rows.scores[able], rows.lists
+        )
         beyond: list[int] = []
-        for places in groups.values():
-            ranked = sorted(places, key=lambda i: (math.isnan(values[i]), values[i], ids[i]))
-            beyond += ranked[self._kept_number(len(ranked)) :]
+        for places, count in self._groups(rows, np.flatnonzero(passing).astype(np.int64)):
+            lacking = rows.lacking[places]
+            ranked, last = number[places[~lacking]], places[lacking]
+            kept = able[pick(ranked, min(count, len(ranked)))]
+            if count > len(ranked):
+                order = best_rows(
+                    np.zeros(len(last)), rows.ids.take(pa.array(last)), count - len(ranked)
+                )
+                kept = np.concatenate([kept, last[order]])
+            beyond += np.setdiff1d(places, kept, assume_unique=True).tolist()
         return beyond
+
+    def _groups(self, rows: _Rows, places: IntArray) -> list[tuple[IntArray, int]]:
+        """Passing places that are ranked against each other, and how many of them to keep."""
+        groups = [places]
+        if self.settings.per_source:
+            sources = np.array(rows.sources, dtype=object)[places]
+            names = dict.fromkeys(sources.tolist())
+            groups = [places[np.equal(sources, name).astype(bool)] for name in names]
+        if self.settings.length_bins is None:
+            return [(group, self._kept_number(len(group))) for group in groups]
+        binned: list[tuple[IntArray, int]] = []
+        for group in groups:
+            ordered = group[id_order(rows.ids.take(pa.array(group)))]
+            strata = length_strata(rows.tokens[ordered], self.settings.length_bins)
+            quotas = stratum_quotas(strata, min(self._kept_number(len(group)), len(group)))
+            binned += [(ordered[part], n) for part, n in zip(strata, quotas, strict=True)]
+        return binned
 
     def _kept_number(self, passing: int) -> int:
         if self.settings.rows is not None:
@@ -223,14 +321,14 @@ class SelectionStage:
         return max(1, math.floor(passing * (self.settings.share or 1.0) + 0.5))
 
     def _report(
-        self, sources: list[str], reasons: list[str | None], keep: list[bool]
+        self, sources: list[str], reasons: list[str | None], keep: NDArray[np.bool_]
     ) -> dict[str, Any]:
         by_source: dict[str, Counter[str]] = {}
         for source, reason in zip(sources, reasons, strict=True):
             by_source.setdefault(source, Counter())[_code(reason)] += 1
         return {
             "rows": len(keep),
-            "kept": sum(keep),
+            "kept": int(keep.sum()),
             "reasons": dict(sorted(Counter(_code(reason) for reason in reasons).items())),
             "by_source": {name: dict(sorted(found.items())) for name, found in by_source.items()},
             "tokens_are": "measured" if self._measured_tokens else "estimated: UTF-8 bytes / 4",
@@ -248,6 +346,38 @@ def _drop_semantic_duplicates(
     for place, mate in zip(places, mates, strict=True):
         if mate is not None:
             reasons[place] = f"semantic_duplicate: {mate.id} (cosine {mate.cosine:.3f})"
+
+
+def _ranked_by(
+    settings: SelectionSettings, present: frozenset[str]
+) -> tuple[str | None, str | None]:
+    """The column of numbers and the column of lists that the method ranks by.
+
+    Raises:
+        ConfigError: the method needs a column of another kind, or one that isn't asked for.
+    """
+    score = settings.score
+    if settings.method == "round_robin":
+        if score is not None and not score.endswith(BY_TARGET):
+            raise ConfigError(
+                f"selection.method round_robin ranks by scores of every target row, and {score} is "
+                f"one score; name a column that ends in {BY_TARGET}, which features and baselines "
+                "add with by_target: true"
+            )
+        return None, score
+    if score is not None and score.endswith(BY_TARGET):
+        raise ConfigError(
+            f"selection.score {score} holds a score of every target row; method {settings.method} "
+            "ranks by one score (for these: method: round_robin)"
+        )
+    if settings.method == "top":
+        return score, None
+    if ACTIVE not in present:
+        raise ConfigError(
+            f"selection.method {settings.method} needs the column {ACTIVE}; set "
+            "features.active_above, the activation above which a feature counts as active"
+        )
+    return score, ACTIVE
 
 
 def _text_key(messages: Sequence[Message]) -> bytes:

@@ -1,0 +1,1 @@
+"""Prototypes: what the targets activate, and how often latents are active at all."""
