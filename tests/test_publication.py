@@ -203,9 +203,9 @@ def test_axolotl_reads_the_folder_by_its_card(
     import datasets
 
     outcome = prefixed(run).emit(url, budget_rows=60, validation=0.1)
-    written(outcome, str(tmp_path / "set"))
+    written(outcome, str(tmp_path / "dataset"))
     config = yaml.safe_load(outcome.files["trainers/axolotl.yaml"])
-    monkeypatch.chdir(tmp_path / "set")
+    monkeypatch.chdir(tmp_path)
     for key, folder in (("datasets", "data"), ("test_datasets", "validation")):
         (entry,) = config[key]
         rows = datasets.load_dataset(
@@ -266,6 +266,14 @@ def test_croissant_is_valid_and_its_records_are_the_rows(
         assert len(found) == len(lines)
         assert {record["id"].decode() for record in found} == {line["id"] for line in lines}
         assert set(found[0]) == set(lines[0])
+        turns = {"messages": "messages", "prompt_completion": "prompt"}.get(form)
+        of = {line["id"]: line for line in lines}
+        for record in found if turns else ():
+            told = [
+                {key.rpartition("/")[2]: value.decode() for key, value in turn.items()}
+                for turn in record[turns]
+            ]
+            assert told == of[record["id"].decode()][turns]
     prefix = list(dataset.records("prefix-train"))
     first = pq.read_table(pa.BufferReader(outcome.files["prefix/train-00000-of-00001.parquet"]))
     assert [int(i) for i in prefix[0]["prefix-train/input_ids"]] == first["input_ids"][0].as_py()
