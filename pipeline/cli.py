@@ -116,6 +116,7 @@ def verify(
 def why(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")],
     row: Annotated[str, typer.Argument(metavar="ID", help="A row's id, or its first digits.")],
+    full: Annotated[bool, typer.Option("--full", help="Show whole texts.")] = False,
     debug: Debug = False,
 ) -> None:
     """Tell one row's story: where it came from, its scores, and why it was kept or dropped."""
@@ -123,7 +124,7 @@ def why(
     def show() -> None:
         from pipeline.why import story
 
-        console().print(story(run, row), highlight=False, markup=False, soft_wrap=True)
+        console().print(story(run, row, full=full), highlight=False, markup=False, soft_wrap=True)
 
     _guarded(show, debug)
 

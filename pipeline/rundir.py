@@ -179,6 +179,20 @@ class RunColumns:
         return total
 
 
+def run_columns(run: Store, homes: Mapping[str, str]) -> RunColumns:
+    """Columns of all rows of a run whose ingest is complete."""
+    rows = int((read_manifest(run, "ingest") or {})["rows"])
+    return RunColumns(run, tuple(parts(run, "ingest")), homes, rows)
+
+
+def target_columns(run: Store, homes: Mapping[str, str]) -> RunColumns:
+    """The same of the targets' rows."""
+    found = tuple(parts(run, "ingest/targets"))
+    folder = run.child("ingest/targets")
+    rows = sum(folder.read_table(part, ["id"]).num_rows for part in found)
+    return RunColumns(run, found, homes, rows, targets=True)
+
+
 class RunLock:
     """Keeps a second process out of a run directory, by a file with a heartbeat."""
 

@@ -25,7 +25,9 @@ from pipeline.rundir import (
     read_columns,
     read_identity,
     read_manifest,
+    run_columns,
     start_stage,
+    target_columns,
 )
 from pipeline.shard import BESIDE, ShardReport, ShardTask, is_committed
 from stages.base import UNSEEN, Checked, RowStage, in_turn
@@ -576,15 +578,10 @@ class Run:
         return columns.n_rows
 
     def _columns(self, name: str) -> RunColumns:
-        rows = int((read_manifest(self.store, "ingest") or {})["rows"])
-        found = tuple(parts(self.store, "ingest"))
-        return RunColumns(self.store, found, self.flow.home_of(name), rows)
+        return run_columns(self.store, self.flow.home_of(name))
 
     def _targets(self, name: str) -> RunColumns:
-        folder = self.store.child("ingest/targets")
-        found = tuple(parts(self.store, "ingest/targets"))
-        rows = sum(folder.read_table(part, ["id"]).num_rows for part in found)
-        return RunColumns(self.store, found, self.flow.home_of(name), rows, targets=True)
+        return target_columns(self.store, self.flow.home_of(name))
 
     def _made_backend(self) -> Backend:
         if self.backend is None:

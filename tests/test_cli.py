@@ -109,7 +109,9 @@ def test_debug_shows_the_traceback() -> None:
     assert done.returncode != 0
 
 
-@pytest.mark.parametrize("command", ["run", "plan", "stage", "status", "verify", "why"])
+@pytest.mark.parametrize(
+    "command", ["run", "plan", "stage", "status", "verify", "why", "report", "push"]
+)
 def test_every_command_has_help(command: str) -> None:
     done = tamis(command, "--help")
     assert done.returncode == 0

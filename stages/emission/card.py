@@ -122,7 +122,10 @@ def _use(facts: Facts, trainers: Sequence[str]) -> str:
         counts = {name: facts.splits[name] for name in (TRAIN, VALIDATION)}
         held = "\n\n" + _table(
             ["split", "rows", "prompts"],
-            [[name, f"{lines:,}", f"{prompts:,}"] for name, (lines, prompts) in counts.items()],
+            [
+                [name, f"{lines:,}", f"{prompts or 0:,}"]
+                for name, (lines, prompts) in counts.items()
+            ],
             left=1,
         )
         held += (
@@ -329,7 +332,8 @@ def _reproduce(facts: Facts) -> str:
         f"alone, so put them beside it or mend the paths.\n\n```sh\n{commands}\n```\n\n"
         f"That gives the same rows in the same order (seed {facts.seed}) from the same sources and "
         "models on one machine type; stages of equal fingerprint computed the same. Rows that a "
-        "GPU, vLLM or an endpoint generated anew may differ."
+        "GPU, vLLM or an endpoint generated anew may differ. A model behind an endpoint needs its "
+        "address: `--set models.NAME.endpoint.base_url=URL`."
         f"{shown}"
     )
 
@@ -387,20 +391,22 @@ def _limits(facts: Facts) -> list[str]:
 
 def _duplicates(facts: Facts) -> list[str]:
     """What was looked for among the rows, and what wasn't."""
-    ingest = facts.recipe.get("ingest") or {}
-    done = ["exact duplicates"]
-    undone: list[str] = []
-    for name, words in (
-        ("near_duplicates", "near duplicates"),
-        ("contamination", "rows that overlap targets or the listed evaluation sets"),
-    ):
-        (done if ingest.get(name) else undone).append(words)
-    said = [f"Removed were {' and '.join(done)}."]
-    if undone:
-        said.append(
-            f"Not looked for were {' and '.join(undone)}: check before you report scores on "
-            "evaluation sets."
-        )
+    removed = ["exact duplicates"]
+    if (facts.recipe.get("ingest") or {}).get("near_duplicates"):
+        removed.append("near duplicates")
+    compared = facts.recipe.get("contamination") or {}
+    sets = [str(entry["name"]) for entry in compared.get("sets") or []]
+    if compared.get("targets") and facts.tasks:
+        sets.insert(0, "the targets")
+    if sets:
+        removed.append(f"rows that overlap {', '.join(sets)}")
+    said = [f"Removed were {' and '.join(removed)}."]
+    if "near duplicates" not in removed:
+        said.append("Near duplicates were not looked for.")
+    said.append(
+        "Overlap with other evaluation sets was not looked for: check before you report scores on "
+        "them."
+    )
     return [" ".join(said)]
 
 

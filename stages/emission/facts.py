@@ -81,7 +81,7 @@ class Facts:
         stated: rows of the run by source and licence.
         models: of the recipe.
         windows: rows that models' windows didn't hold whole.
-        splits: lines and prompts by split.
+        splits: lines and prompts by split; prompts are counted where there are two splits.
         prefix: numbers of the data set of prefixes, None where there is none.
         rewritten: emitted lines whose text was rewritten.
         columns: names of the emitted columns.
@@ -99,7 +99,7 @@ class Facts:
     stated: Mapping[str, Mapping[str | None, int]]
     models: Sequence[ModelFacts]
     windows: Sequence[WindowFacts]
-    splits: Mapping[str, tuple[int, int]]
+    splits: Mapping[str, tuple[int, int | None]]
     prefix: PrefixFacts | None
     rewritten: int
     columns: Sequence[str] = field(default=())
