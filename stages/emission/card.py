@@ -230,13 +230,33 @@ def _reproduce(facts: Facts) -> str:
     )
 
 
+def _looked_for(recipe: Mapping[str, Any]) -> str:
+    """Which duplicates and which overlaps were removed, and which were not looked for."""
+    near = (recipe.get("ingest") or {}).get("near_duplicates")
+    contamination = recipe.get("contamination") or {}
+    sets = [str(one["name"]) for one in contamination.get("sets") or []]
+    if contamination.get("targets") and recipe.get("targets"):
+        sets.insert(0, "the targets")
+    return (
+        f"Exact duplicates were removed, and near ones (Jaccard similarity of {near['threshold']} "
+        "and more). "
+        if near
+        else "Exact duplicates were removed; near ones were not looked for. "
+    ) + (
+        f"Rows that share {contamination['ngram']} words in a row with {', '.join(sets)} were "
+        "removed; paraphrases and other evaluation sets were not looked for."
+        if sets
+        else "Overlap with targets or evaluation sets was not looked for: check before you "
+        "report scores on them."
+    )
+
+
 def _limits(facts: Facts) -> list[str]:
     unit = facts.settings.unit
     limits = [
         "Rows were chosen by models' scores and by distance to the targets. Nobody read them all: "
         "wrong answers, personal data, bias and harmful text that the sources hold may be here.",
-        "Exact duplicates were removed. Near duplicates, and overlap with targets or evaluation "
-        "sets, were not looked for: check before you report scores on them.",
+        _looked_for(facts.recipe),
         "Licences are what sources and records declare. A source without one is marked so: find "
         "out before you publish.",
     ]
