@@ -128,7 +128,7 @@ def pairs_of(path: Path) -> Iterator[tuple[str, str]]:
         for line in file:
             record = json.loads(line)
             prompt = "\n\n".join(record[name] for name in PROMPT if record.get(name))
-            response = next((record[name] for name in RESPONSE if record.get(name)), "")
+            response = next(record[name] for name in RESPONSE if name in record)
             yield prompt, response
 
 
