@@ -338,12 +338,33 @@ def _reproduce(facts: Facts) -> str:
     )
 
 
+def _looked_for(recipe: Mapping[str, Any]) -> str:
+    """Which duplicates and which overlaps were removed, and which were not looked for."""
+    near = (recipe.get("ingest") or {}).get("near_duplicates")
+    contamination = recipe.get("contamination") or {}
+    sets = [str(one["name"]) for one in contamination.get("sets") or []]
+    if contamination.get("targets") and recipe.get("targets"):
+        sets.insert(0, "the targets")
+    return (
+        f"Exact duplicates were removed, and near ones (Jaccard similarity of {near['threshold']} "
+        "and more). "
+        if near
+        else "Exact duplicates were removed; near ones were not looked for. "
+    ) + (
+        f"Rows that share {contamination['ngram']} words in a row with {', '.join(sets)} were "
+        "removed; paraphrases and other evaluation sets were not looked for."
+        if sets
+        else "Overlap with targets or evaluation sets was not looked for: check before you "
+        "report scores on them."
+    )
+
+
 def _limits(facts: Facts) -> list[str]:
     unit = facts.settings.unit
     limits = [
         "Rows were chosen by models' scores and by distance to the targets. Nobody read them all: "
         "wrong answers, personal data, bias and harmful text that the sources hold may be here.",
-        *_duplicates(facts),
+        _looked_for(facts.recipe),
         "Licences are what sources and records declare. A source without one is marked so: find "
         "out before you publish.",
     ]
@@ -387,27 +408,6 @@ def _limits(facts: Facts) -> list[str]:
     if facts.settings.format == "messages" and "tools" in facts.columns:
         limits.append("`tools` and `tool_calls` are JSON text: parse them before a chat template.")
     return limits
-
-
-def _duplicates(facts: Facts) -> list[str]:
-    """What was looked for among the rows, and what wasn't."""
-    removed = ["exact duplicates"]
-    if (facts.recipe.get("ingest") or {}).get("near_duplicates"):
-        removed.append("near duplicates")
-    compared = facts.recipe.get("contamination") or {}
-    sets = [str(entry["name"]) for entry in compared.get("sets") or []]
-    if compared.get("targets") and facts.tasks:
-        sets.insert(0, "the targets")
-    if sets:
-        removed.append(f"rows that overlap {', '.join(sets)}")
-    said = [f"Removed were {' and '.join(removed)}."]
-    if "near duplicates" not in removed:
-        said.append("Near duplicates were not looked for.")
-    said.append(
-        "Overlap with other evaluation sets was not looked for: check before you report scores on "
-        "them."
-    )
-    return [" ".join(said)]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:

@@ -43,6 +43,8 @@ class SourceFacts:
         distinct: emitted rows, copies not counted.
         tokens: tokens of the emitted lines.
         shortfall: quota less what was emitted, in the quota's unit.
+        duplicate_of: exact and near duplicates by the source of the row that stays.
+        overlaps: contaminated rows by target or evaluation set.
     """
 
     name: str
@@ -62,6 +64,8 @@ class SourceFacts:
     distinct: int
     tokens: int
     shortfall: int
+    duplicate_of: Mapping[str, int] = field(default_factory=dict)
+    overlaps: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -209,6 +213,11 @@ def source_facts(
                 distinct=len(np.unique(lines)),
                 tokens=tokens,
                 shortfall=quotas.get(name, 0) - (tokens if unit == "tokens" else len(lines)),
+                duplicate_of=Counter(counts.get("duplicate_of"))
+                + Counter(counts.get("near_duplicate_of")),
+                overlaps={
+                    one: sum(kinds.values()) for one, kinds in counts.get("overlaps", {}).items()
+                },
             )
         )
     return facts
