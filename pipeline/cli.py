@@ -15,6 +15,8 @@ import typer
 from rich.console import Console
 
 from pipeline.analyse.cli import analyse
+from pipeline.jobs.cli import job, submit
+from pipeline.sigterm import end_at_sigterm
 from pipeline.synthesize.cli import synthesize
 from pipeline.train_sae.cli import train_sae
 from stages.errors import ConfigError, RunBusy, TamisError
@@ -28,6 +30,8 @@ app = typer.Typer(
 app.add_typer(analyse, name="analyse")
 app.add_typer(synthesize, name="synthesize")
 app.command(name="train-sae")(train_sae)
+app.add_typer(job, name="job")
+app.command()(submit)
 
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Sets = Annotated[
@@ -188,6 +192,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    end_at_sigterm()
     app()
 
 
