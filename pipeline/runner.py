@@ -130,6 +130,18 @@ class Run:
                 found[stage] = own or differing
         return found
 
+    def is_complete(self, last: str) -> bool:
+        """Whether a stage and all before it are there, as they would be computed now.
+
+        Raises:
+            ConfigError: a source isn't there.
+        """
+        for name in self.flow.names[: self.flow.names.index(last) + 1]:
+            manifest = read_manifest(self.store, name)
+            if manifest is None or not self._is_current(name, manifest, self._inputs(name)):
+                return False
+        return True
+
     async def _execute(self, names: Sequence[str]) -> None:
         self._restart()
         self.store.write_bytes("recipe.yaml", recipe_yaml(self.config).encode())

@@ -18,6 +18,16 @@ def test_airflow_folder_is_not_a_package() -> None:
     assert not (ROOT / "tests" / "airflow").exists()
 
 
+def test_airflows_side_imports_none_of_ours() -> None:
+    ours = {"pipeline", "stages", "ray", "torch", "pyarrow"}
+    for file in (ROOT / "airflow").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            assert not ours & {name.split(".")[0] for name in names}, file
+
+
 @pytest.mark.parametrize(
     "modules", ["pipeline, stages", "pipeline.cli", "pipeline.flow", "stages.difficulty"]
 )
