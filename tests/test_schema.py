@@ -39,7 +39,9 @@ def test_shipped_recipes_meet_it(recipe: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "recipe", [path for path in RECIPES if path.parent.name == "configs"], ids=lambda path: path.stem
+    "recipe",
+    [path for path in RECIPES if path.parent.name == "configs"],
+    ids=lambda path: path.stem,
 )
 def test_shipped_recipes_name_it_for_editors(recipe: Path) -> None:
     first = recipe.read_text().splitlines()[0]
