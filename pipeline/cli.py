@@ -177,6 +177,14 @@ def prompts() -> None:
 
 
 @app.command()
+def schema() -> None:
+    """Print the JSON schema of a recipe, for editors (docs/recipe.schema.json is a copy)."""
+    from pipeline.schema import schema_text
+
+    sys.stdout.write(schema_text())
+
+
+@app.command()
 def report(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")],
     debug: Debug = False,

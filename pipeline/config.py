@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from pipeline.recipe_file import explained, raw_values, resolve_paths
+from pipeline.recipe_file import raw_values, resolve_paths
 from stages.allocation.settings import AllocationSettings, RolloutsSettings
 from stages.base import Settings
 from stages.baselines.settings import BaselinesSettings
@@ -26,6 +26,7 @@ from stages.engines.local import CALLS_IN_FLIGHT
 from stages.engines.settings import ModelSettings
 from stages.errors import ConfigError
 from stages.explanation.settings import ExplanationSettings
+from stages.explained import explained
 from stages.features.settings import FeaturesSettings
 from stages.ingest.settings import ContaminationSettings, IngestSettings
 from stages.licenses import WRITERS, LicensePolicy

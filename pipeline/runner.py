@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import heapq
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +33,8 @@ from stages.base import UNSEEN, Checked, RowStage, in_turn
 from stages.engines.chat_cache import Spent
 from stages.errors import ConfigError, StageError
 from stages.ingest import SCRATCH, content_of, ingest
-from stages.rows import NOT_REQUESTED, OK, key_hash
+from stages.requests import lowest_keys
+from stages.rows import NOT_REQUESTED, OK
 from stages.rules import rule_columns, rule_mask
 from stages.sources.settings import Source
 from stages.storage import Store, parquet_bytes
@@ -441,8 +441,7 @@ class Run:
             table = read_columns(self.store, part, names, homes)
             if where:
                 table = table.filter(rule_mask(where, table))
-            fresh = [key_hash(row, self.config.seed) for row in table["id"].to_pylist()]
-            keys = heapq.nsmallest(limit, [*keys, *fresh])
+            keys = lowest_keys(table["id"].to_pylist(), self.config.seed, limit, keys)
         return keys[-1] if keys else 0
 
     def _with_reuse(

@@ -22,6 +22,13 @@ emission    quotas → shards, card, report, lineage
 Outside the flow: groups (difficulty groups and cost-of-pass, for `tamis analyse`) and synthesis
 (new problems and their solutions, for `tamis synthesize`).
 
-Beside them: engines (models), base (the contract), rows (the schema), rules, storage, errors.
-Nothing here imports the application (`pipeline`), and importing `stages` loads no model library.
+Beside them: session (all of it on rows in memory, for notebooks and scripts), engines (models),
+base (the contract), rows (the schema), rules, storage, errors. Nothing here imports the application
+(`pipeline`), and importing `stages` loads no model library.
 """
+
+from stages.lazy import lazy_names
+
+__all__ = ["Session"]
+
+__getattr__ = lazy_names(__name__, {"Session": "session.session"})
