@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from pipeline.analyse.cli import analyse
+from pipeline.pilot.cli import pilot
 from pipeline.synthesize.cli import synthesize
 from pipeline.train_sae.cli import train_sae
 from stages.errors import ConfigError, RunBusy, TamisError
@@ -28,6 +29,7 @@ app = typer.Typer(
 app.add_typer(analyse, name="analyse")
 app.add_typer(synthesize, name="synthesize")
 app.command(name="train-sae")(train_sae)
+app.command(name="pilot")(pilot)
 
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Sets = Annotated[
