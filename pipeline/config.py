@@ -36,6 +36,7 @@ from stages.selection.settings import SelectionSettings
 from stages.sources.settings import Source, Target
 from stages.storage import Store
 from stages.thinking.settings import ThinkingSettings
+from stages.valuation.settings import ValuationSettings
 
 
 class Placement(Settings):
@@ -118,6 +119,7 @@ class Recipe(BaseModel):
     dictionary: DictionarySettings | None = None
     features: FeaturesSettings | None = None
     embedding: EmbeddingSettings | None = None
+    valuation: ValuationSettings | None = None
     selection: SelectionSettings = SelectionSettings()
     mixture: MixtureSettings | None = None
     emission: EmissionSettings = EmissionSettings()
@@ -154,9 +156,10 @@ class Recipe(BaseModel):
             raise ValueError(
                 "allocation and rollouts go together: one shares the budget, the other spends it"
             )
-        if self.mixture and not self.embedding:
-            raise ValueError("mixture needs an embedding section")
-        for section in ("dictionary", "features", "mixture"):
+        for section in ("mixture", "valuation"):
+            if getattr(self, section) and not self.embedding:
+                raise ValueError(f"{section} needs an embedding section")
+        for section in ("dictionary", "features", "mixture", "valuation"):
             if getattr(self, section) and not self.targets:
                 raise ValueError(f"{section} needs targets: name at least one")
         for section, role in _MODEL_ROLES:

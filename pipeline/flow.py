@@ -28,6 +28,8 @@ from stages.rules import rule_columns
 from stages.selection.settings import Filter, SelectionSettings
 from stages.selection.stage import SelectionStage
 from stages.thinking.stage import ThinkingStage
+from stages.valuation.potentials import PotentialsStage
+from stages.valuation.stage import ValuationStage
 
 ROW_STAGES = (
     "difficulty",
@@ -39,6 +41,7 @@ ROW_STAGES = (
     "prefixes",
     "features",
     "embedding",
+    "valuation",
 )
 ORDER = (
     "ingest",
@@ -55,6 +58,8 @@ ORDER = (
     "prototypes",
     "features",
     "embedding",
+    "potentials",
+    "valuation",
     "selection",
     "mixture",
     "emission",
@@ -143,6 +148,9 @@ def flow_of(config: Config) -> Flow:
         rows["features"] = FeaturesStage(config.features, config.dictionary, models)
     if config.embedding:
         rows["embedding"] = EmbeddingStage(config.embedding, models)
+    if config.valuation:
+        fits["potentials"] = PotentialsStage(config.valuation, config.seed)
+        rows["valuation"] = ValuationStage(config.valuation)
     present = [*ROWS.names, *(n for stage in rows.values() for n in stage.columns().adds.names)]
     flow = Flow(rows, fits, _set_stages(config, tuple(present)))
     _check_endpoints({**rows, **fits})

@@ -239,7 +239,8 @@ class _Pilots:
     ) -> FloatArray:
         starts = self._config.training.seeds
         losses = [records[trial]["loss"] for trial in trials_of(mixtures, rows, starts)]
-        return np.array(losses).reshape(len(mixtures), starts).mean(axis=1)
+        table = np.array(losses, np.float64).reshape(len(mixtures), starts)
+        return np.asarray(table.mean(axis=1), np.float64)
 
     def _report(
         self,
@@ -379,8 +380,8 @@ class _Pilots:
 
         config = self._config
         recipe = config.portable_recipe
-        used = {config.proxy.model} - {None}
-        recipe["models"] = {name: recipe["models"][name] for name in sorted(used) if name}
+        named = config.proxy.model
+        recipe["models"] = {named: recipe["models"][named]} if named else {}
         return {
             "version": VERSION,
             "recipe": {k: v for k, v in recipe.items() if k not in _FORECAST_ONLY},
@@ -390,10 +391,8 @@ class _Pilots:
                 "machine": platform.machine(),
                 "device": "cuda" if torch.cuda.is_available() else "cpu",
             },
-            "content": {
-                name: dict(files)
-                for name, files in content_of([*config.sources, *config.targets]).items()
-            },
+            "sources": {name: dict(files) for name, files in content_of(config.sources).items()},
+            "targets": {name: dict(files) for name, files in content_of(config.targets).items()},
         }
 
     def _write(self, report: dict[str, Any], identity: dict[str, Any]) -> None:

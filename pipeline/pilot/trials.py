@@ -124,6 +124,6 @@ def _start(store: Store, job: TrialJob, seed: int) -> PreTrainedModel:
 
     vocabulary = read_tokenizer(store.read_bytes("tokenizer.json").decode()).get_vocab_size()
     model = small_llama(job.proxy, vocabulary, seed)
-    if torch.cuda.is_available():
-        model.cuda()  # type: ignore[no-untyped-call]
+    module: torch.nn.Module = model
+    module.to("cuda" if torch.cuda.is_available() else "cpu")
     return model

@@ -72,8 +72,8 @@ def ridge_fit(
     u, s, vt = u[:, kept], s[kept], vt[kept]
     projected = u.T @ (values - mean)
     best: tuple[float, float, FloatArray, FloatArray] | None = None
-    for penalty in penalties if len(s) else (0.0,):
-        shrink = s**2 / (s**2 + penalty * (s[0] ** 2))
+    for penalty in penalties:
+        shrink = s**2 / (s**2 + penalty * s.max(initial=0.0) ** 2)
         leverage = 1.0 / n + (u**2) @ shrink
         if leverage.max() > _LEVERAGE:
             continue
@@ -85,6 +85,5 @@ def ridge_fit(
     if best is None:
         raise ValueError(f"{n} rows are too few for {features.shape[1]} features")
     _, penalty, shrink, left_out = best
-    inverse = np.divide(shrink, s, out=np.zeros_like(s), where=s > 0)
-    slopes = (vt.T @ (inverse * projected)) / spread
+    slopes = (vt.T @ (shrink / s * projected)) / spread
     return RidgeFit(float(mean - centre @ slopes), slopes, penalty, left_out)

@@ -60,7 +60,7 @@ def response_sequence(
     Raises:
         RowError: no token of a response is left.
     """
-    mark = {name: tokenizer.token_to_id(name) for name in _MARKS}
+    mark = dict(zip(_MARKS, (tokenizer.get_vocab()[name] for name in _MARKS), strict=True))
     ids: list[int] = []
     keep: list[bool] = []
     for place, turn in enumerate(messages):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ def small_llama(settings: ProxySettings, vocabulary: int, seed: int) -> PreTrain
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        return cast("PreTrainedModel", cast(Any, LlamaForCausalLM)(config))
 
 
 def response_losses(
@@ -76,7 +76,7 @@ def response_losses(
         input_ids=ids.to(device), attention_mask=there.to(device), use_cache=False
     ).last_hidden_state
     owner, position = torch.nonzero(keep[:, 1:], as_tuple=True)
-    head = cast(torch.nn.Module, model.get_output_embeddings())
+    head: torch.nn.Module = cast(Any, model).get_output_embeddings()
     logits = head(states[owner.to(device), position.to(device)]).float()
     follows = ids[owner, position + 1].to(device)
     return functional.cross_entropy(logits, follows, reduction="none"), owner
@@ -161,7 +161,7 @@ def mean_losses(
     totals, counts = np.zeros(tasks), np.zeros(tasks)
     # Rows of like length together: padding is computed for nothing.
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-    model.eval()
+    model.train(False)
     with torch.inference_mode():
         for start in range(0, len(order), _EVALUATION_ROWS):
             places = order[start : start + _EVALUATION_ROWS]
