@@ -17,6 +17,7 @@ from rich.console import Console
 
 from pipeline.analyse.cli import analyse
 from pipeline.jobs.cli import job, submit
+from pipeline.pilot.cli import pilot
 from pipeline.sigterm import end_at_sigterm
 from pipeline.synthesize.cli import synthesize
 from pipeline.train_sae.cli import train_sae
@@ -33,6 +34,7 @@ app.add_typer(synthesize, name="synthesize")
 app.command(name="train-sae")(train_sae)
 app.add_typer(job, name="job")
 app.command()(submit)
+app.command(name="pilot")(pilot)
 
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Sets = Annotated[

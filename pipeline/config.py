@@ -25,8 +25,8 @@ from stages.emission.settings import EmissionSettings
 from stages.engines.local import CALLS_IN_FLIGHT
 from stages.engines.settings import ModelSettings
 from stages.errors import ConfigError
-from stages.explanation.settings import ExplanationSettings
 from stages.explained import explained
+from stages.explanation.settings import ExplanationSettings
 from stages.features.settings import FeaturesSettings
 from stages.ingest.settings import ContaminationSettings, IngestSettings
 from stages.licenses import WRITERS, LicensePolicy
@@ -39,6 +39,7 @@ from stages.selection.settings import SelectionSettings
 from stages.sources.settings import Source, Target
 from stages.storage import Store
 from stages.thinking.settings import ThinkingSettings
+from stages.valuation.settings import ValuationSettings
 
 
 class Placement(Settings):
@@ -122,6 +123,7 @@ class Recipe(BaseModel):
     features: FeaturesSettings | None = None
     embedding: EmbeddingSettings | None = None
     baselines: BaselinesSettings | None = None
+    valuation: ValuationSettings | None = None
     selection: SelectionSettings = SelectionSettings()
     explanation: ExplanationSettings | None = None
     mixture: MixtureSettings | None = None
@@ -161,9 +163,10 @@ class Recipe(BaseModel):
             raise ValueError(
                 "allocation and rollouts go together: one shares the budget, the other spends it"
             )
-        if self.mixture and not self.embedding:
-            raise ValueError("mixture needs an embedding section")
-        for section in ("dictionary", "features", "mixture"):
+        for section in ("mixture", "valuation"):
+            if getattr(self, section) and not self.embedding:
+                raise ValueError(f"{section} needs an embedding section")
+        for section in ("dictionary", "features", "mixture", "valuation"):
             if getattr(self, section) and not self.targets:
                 raise ValueError(f"{section} needs targets: name at least one")
         if self.baselines and self.baselines.to_targets and not self.targets:

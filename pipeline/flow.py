@@ -32,6 +32,8 @@ from stages.rules import rule_columns
 from stages.selection.settings import RESPONSE_REWRITTEN, SelectionSettings
 from stages.selection.stage import SelectionStage
 from stages.thinking.stage import ThinkingStage
+from stages.valuation.potentials import PotentialsStage
+from stages.valuation.stage import ValuationStage
 
 ROW_STAGES = (
     "difficulty",
@@ -44,6 +46,7 @@ ROW_STAGES = (
     "features",
     "embedding",
     "baselines",
+    "valuation",
 )
 ORDER = (
     "ingest",
@@ -62,6 +65,8 @@ ORDER = (
     "embedding",
     "baseline_targets",
     "baselines",
+    "potentials",
+    "valuation",
     "selection",
     "explanation",
     "mixture",
@@ -160,6 +165,9 @@ def flow_of(config: Config) -> Flow:
         if config.baselines.to_targets:
             fits["baseline_targets"] = BaselineTargetsStage(readers)
         rows["baselines"] = BaselinesStage(config.baselines, readers, config.seed)
+    if config.valuation:
+        fits["potentials"] = PotentialsStage(config.valuation, config.seed)
+        rows["valuation"] = ValuationStage(config.valuation)
     present = [*ROWS.names, *(n for stage in rows.values() for n in stage.columns().adds.names)]
     flow = Flow(rows, fits, _set_stages(config, tuple(present)))
     for name, asking in (*rows.items(), *fits.items()):
