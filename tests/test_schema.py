@@ -20,7 +20,7 @@ HINT = "# yaml-language-server: $schema="
 RECIPES = [
     path
     for path in sorted([*(ROOT / "configs").glob("*.yaml"), ROOT / "tests/recipes/tiny.yaml"])
-    if not path.stem.startswith(("synthesis", "train-sae"))
+    if not path.stem.startswith(("pilot", "synthesis", "train-sae"))
 ]
 
 

@@ -7,10 +7,11 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from pipeline.recipe_file import explained, own_name, raw_values, resolve_paths
+from pipeline.recipe_file import own_name, raw_values, resolve_paths
 from stages.base import Settings
 from stages.engines.settings import ModelSettings
 from stages.errors import ConfigError
+from stages.explained import explained
 from stages.forecast.projection import error_amplification
 from stages.forecast.settings import ForecastSettings
 from stages.pilots.settings import (

@@ -27,6 +27,7 @@ class PotentialsStage:
 
     name = "potentials"
     version = 1
+    on_targets = True
 
     def __init__(self, settings: ValuationSettings, seed: int) -> None:
         """Keep what bears on potentials."""
