@@ -14,6 +14,7 @@ from stages.mixture.simplex import (
     FloatArray,
     checked_bounds,
     distribution,
+    means_per_source,
     nearest_mixture,
     row_weights,
     source_counts,
@@ -21,12 +22,13 @@ from stages.mixture.simplex import (
 from stages.mixture.transport import (
     Transport,
     TransportNotSolved,
-    mean_potential_per_source,
+    c_transforms,
     transport,
 )
 
 _LEVEL = 0.3
 _ZERO = 1e-12
+_ROUNDING = 1e-14
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,9 @@ class BundleResult:
         weights: p, float64 [K].
         value: F(p), an upper bound of the minimum.
         lower_bound: lower bound of the minimum.
-        potentials: g of every solve, float64 [J, m].
-        cuts: h [J, K] and <b, g> [J] of every solve.
-        solves: J, how many transport problems were solved.
+        potentials: g that was known or found, float64 [J, m].
+        cuts: h [J, K] and <b, g> [J] of every potential.
+        solves: how many transport problems were solved.
     """
 
     weights: FloatArray
@@ -101,6 +103,9 @@ def optimal_mixture(
     upper: npt.ArrayLike,
     tolerance: float = 1e-4,
     max_solves: int = 200,
+    *,
+    known: FloatArray | None = None,
+    groups: FloatArray | None = None,
 ) -> BundleResult:
     """Solve min_p F(p), F(p) = OT(sum_k p_k mu_k, nu), with lower <= p <= upper, sum p = 1.
 
@@ -118,6 +123,10 @@ def optimal_mixture(
         upper: [K].
         tolerance: relative gap to reach.
         max_solves: transport problems allowed.
+        known: potentials of a sample of the same problem, float64 [J0, m]; their cuts are taken
+            over these rows, so that few solves remain.
+        groups: W float64 [K, G], columns summing to 1: only mixtures p = W q are allowed, with q on
+            the simplex; `lower` and `upper` are then those of q, [G].
 
     Returns:
         The best mixture, bounds, potentials and cuts.
@@ -127,31 +136,41 @@ def optimal_mixture(
         TransportNotSolved: a solve failed, or `max_solves` did not suffice.
     """
     low, high = checked_bounds(lower, upper)
+    share = np.eye(low.size) if groups is None else groups
     target = distribution(b, "b")
-    source, counts = source_counts(source_of_row, low.size)
+    source, counts = source_counts(source_of_row, len(share))
     if not counts.all():
         raise ValueError(f"source {int(np.argmin(counts))} has no rows")
     negligible = _ZERO * float(np.abs(cost).max(initial=0.0))
-    p = best = nearest_mixture(np.full(low.size, 1.0 / low.size), low, high)
+    q = best = nearest_mixture(np.full(low.size, 1.0 / low.size), low, high)
     upper_bound, lower_bound = np.inf, -np.inf
-    slopes: list[FloatArray] = []
-    potentials: list[FloatArray] = []
+    potentials = np.empty((0, target.size)) if known is None else known
+    slopes = means_per_source(c_transforms(cost, potentials), source, counts)
+    if len(potentials):
+        lower_bound, q = lowest_point(Cuts(slopes @ share, potentials @ target), low, high)
     last: Transport | None = None
     for solves in range(1, max_solves + 1):
-        last = transport(cost, row_weights(p, source), target, last)
-        slopes.append(mean_potential_per_source(last.source_potential, source, low.size))
-        potentials.append(last.target_potential)
+        # A source of weight 1e-17 is rounding, and would bring all its rows into the plan.
+        q = np.where((q < _ROUNDING) & (low <= 0), 0.0, q)
+        last = transport(cost, row_weights(share @ q, source), target, last)
+        slopes = np.vstack(
+            [slopes, means_per_source(last.source_potential[:, None], source, counts)]
+        )
+        potentials = np.vstack([potentials, last.target_potential])
         if last.value < upper_bound:
-            best, upper_bound = p, last.value
-        cuts = Cuts(np.stack(slopes), np.stack(potentials) @ target)
+            best, upper_bound = q, last.value
+        constants = potentials @ target
+        cuts = Cuts(slopes @ share, constants)
         bound, lowest = lowest_point(cuts, low, high)
         lower_bound = max(lower_bound, bound)
         gap = upper_bound - lower_bound
         if gap <= max(tolerance * upper_bound, negligible):
-            return BundleResult(best, upper_bound, lower_bound, np.stack(potentials), cuts, solves)
+            return BundleResult(
+                share @ best, upper_bound, lower_bound, potentials, Cuts(slopes, constants), solves
+            )
         nearest = nearest_below_level(best, cuts, lower_bound + _LEVEL * gap, low, high)
         # Where rounding hides the level set, the lowest point of the cuts is still inside it.
-        p = lowest if nearest is None else nearest
+        q = lowest if nearest is None else nearest
     raise TransportNotSolved(
         f"best mixture after {max_solves} solves: value {upper_bound:.6g}, "
         f"lower bound {lower_bound:.6g}, wanted relative gap {tolerance:g}"
