@@ -70,20 +70,21 @@ def solve(
     store = Store(str(tmp_path / "selection"))
     store.write_table("decisions.parquet", decisions)
     free = Supply(None, "rows", {}, frozenset())
-    stage = MixtureStage(MixtureSettings(**settings), supply or free, seed=1)
+    asked = MixtureSettings(**{"method": "transport", **settings})
+    stage = MixtureStage(asked, supply or free, seed=1)
     outcome = stage.decide(Tables(rows, shard), Tables(wanted, 50), {"selection": store})
     return outcome.report
 
 
 def test_planted_shares_are_found_and_the_certificate_holds(tmp_path: Path) -> None:
-    data = planted(300, 200, (0.5, 0.3, 0.2, 0.0))
+    data = planted(150, 100, (0.5, 0.3, 0.2, 0.0))
     report = solve(tmp_path, data, rows_per_source=60, max_rows_per_source=60, tolerance=0.5)
     found = [report["weights"][f"s{k}"] for k in range(4)]
     assert found == pytest.approx([0.5, 0.3, 0.2, 0.0], abs=0.02)
     _, _, _, vectors, source, points = data
-    # The exact optimum over all 1,200 rows, by a linear programme that never saw the sample.
+    # The exact optimum over all 600 rows, by a linear programme that never saw the sample.
     cost = cost_matrix(vectors.astype(np.float32), points.astype(np.float32), "euclidean")
-    exact = optimal_mixture_by_lp(cost, source, np.ones(200) / 200, np.zeros(4), np.ones(4))
+    exact = optimal_mixture_by_lp(cost, source, np.ones(100) / 100, np.zeros(4), np.ones(4))
     assert report["lower_bound"] <= exact.value + 1e-9
     low, high = report["upper_interval"]
     assert exact.value <= high + 0.02 * exact.value
@@ -302,7 +303,7 @@ def test_targets_all_alike_get_the_nearest_source(tmp_path: Path) -> None:
     same = data[1].set_column(2, "embedding", pa.array([[6.0, 0, 0, 0, 0]] * 20))
     data = (data[0], same, *data[2:])
     report = solve(tmp_path, data, method="transport")
-    assert report["weights"] == {"s0": pytest.approx(1), "s1": pytest.approx(0)}
+    assert report["weights"]["s0"] == pytest.approx(1, abs=1e-3)
     assert report["energy_weights"] is None
     with pytest.raises(StageError, match="two different target points"):
         solve(tmp_path, data, method="energy")

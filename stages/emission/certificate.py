@@ -51,11 +51,16 @@ def certificate_sentences(mixture: Mapping[str, Any]) -> list[str]:
         said.append(
             f"Over all selected rows this mixture is estimated to cost {upper:.4g}{range_}."
         )
-    if gap is not None:
+    if gap is not None and mixture.get("method", "transport") == "transport":
         verdict = "certified" if mixture.get("certified") else "NOT within the tolerance asked for"
         said.append(
             f"So its cost is estimated to be within {gap:.2%} of the least possible "
             f"({verdict}: the tolerance is {mixture.get('tolerance', 0):.2%})."
+        )
+    elif gap is not None:
+        said.append(
+            f"That is {gap:.2%} above the bound. Transport didn't choose these weights, so this "
+            "says what they cost in it, not how well they were chosen."
         )
     emitted = mixture.get("value_emitted")
     if emitted is not None:

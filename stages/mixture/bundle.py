@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 from scipy.linalg import helmert
-from scipy.optimize import nnls
+from scipy.optimize import minimize, nnls
 
 from stages.mixture.cuts import Cuts, lowest_point
 from stages.mixture.simplex import (
@@ -29,6 +29,10 @@ from stages.mixture.transport import (
 _LEVEL = 0.3
 _ZERO = 1e-12
 _ROUNDING = 1e-14
+_ABOVE = 0.1
+"""How much of the way down to the level may be left: the level is a rule of thumb."""
+_DENSE_SOURCES = 200
+"""Sources up to which projections are solved by a dense factorisation, which is exact."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,8 @@ def nearest_below_level(
     """
     values = cuts.vertex_values() - level
     values /= float(np.abs(values).max()) or 1.0
+    if point.size > _DENSE_SOURCES:
+        return _nearest_by_multipliers(point, values, lower, upper)
     basis = np.asarray(helmert(point.size), dtype=np.float64).T
     sides = np.vstack([-values @ basis, basis, -basis])
     offsets = np.concatenate([values @ point, lower - point, point - upper])
@@ -93,6 +99,39 @@ def nearest_below_level(
     if residual[-1] > -0.25:
         return None
     return nearest_mixture(point - basis @ (residual[:-1] / residual[-1]), lower, upper)
+
+
+def _nearest_by_multipliers(
+    point: FloatArray, values: FloatArray, lower: FloatArray, upper: FloatArray
+) -> FloatArray | None:
+    r"""The same projection through its dual, which has one variable a cut: for many sources.
+
+    .. math:: \max_{u \ge 0}\; \min_p \tfrac12 |p - x|^2 + u \cdot V p, \qquad
+              p(u) = \mathrm{proj}(x - V^\top u)
+
+    Source: Lagrange duality; the inner minimum is `nearest_mixture`.
+    """
+
+    def negated(u: FloatArray) -> tuple[float, FloatArray]:
+        p = nearest_mixture(point - u @ values, lower, upper)
+        above = values @ p
+        return -float(0.5 * np.sum((p - point) ** 2) + u @ above), -above
+
+    above = float((values @ point).max())
+    if above <= 0:
+        return point
+    values = values / above
+    answer = minimize(
+        negated,
+        np.zeros(len(values)),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[(0.0, None)] * len(values),
+        options={"maxiter": 500, "ftol": 1e-14, "gtol": _ABOVE / 10},
+    )
+    p = nearest_mixture(point - np.asarray(answer.x) @ values, lower, upper)
+    # Where the dual had not ended, the caller has a point that is surely below the level.
+    return p if float((values @ p).max()) <= _ABOVE else None
 
 
 def optimal_mixture(

@@ -20,7 +20,7 @@ class MixtureSettings(Settings):
     """The `mixture` section of a recipe: weights of sources that bring rows near the targets."""
 
     method: Method = Field(
-        default="transport",
+        default="energy",
         description="What the weights minimise or count (docs/mixture.md). Whatever it is, the "
         "report says what the weights cost in transport, beside a bound that holds for all rows.",
     )

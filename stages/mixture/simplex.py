@@ -104,8 +104,11 @@ def nearest_mixture(point: FloatArray, lower: FloatArray, upper: FloatArray) -> 
     Returns:
         float64 [K].
     """
-    kinks = np.sort(np.concatenate([lower - point, upper - point]))
-    sums = np.clip(point + kinks[:, None], lower, upper).sum(axis=1)
+    kinks = np.concatenate([lower - point, upper - point])
+    order = np.argsort(kinks, kind="stable")
+    kinks = kinks[order]
+    slopes = np.cumsum(np.repeat([1.0, -1.0], point.size)[order])
+    sums = lower.sum() + np.append(0.0, np.cumsum(slopes[:-1] * np.diff(kinks)))
     tau = float(np.interp(1.0, sums, kinks))
     return np.asarray(np.clip(point + tau, lower, upper), dtype=np.float64)
 
