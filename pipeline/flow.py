@@ -197,8 +197,8 @@ def _set_stages(config: Config, present: tuple[str, ...]) -> dict[str, SetStage]
     budget = emission.budget_rows if emission.budget_rows else emission.budget_tokens
     if config.mixture:
         names = {source.name for source in config.sources}
-        for kind, shares in (("floors", config.mixture.floors), ("caps", config.mixture.caps)):
-            unknown = sorted(set(shares) - names)
+        for kind in ("floors", "caps", "keep", "serves"):
+            unknown = sorted(set(getattr(config.mixture, kind)) - names)
             if unknown:
                 raise ConfigError(
                     f"mixture.{kind} names the source {unknown[0]!r}; there are "

@@ -12,14 +12,16 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import partial, reduce
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import pyarrow as pa
 
 from pipeline.flow import folder_of
 from pipeline.sigterm import AT_END
+from stages.base import Each, in_turn
 from stages.errors import ConfigError, RunBusy, StageError
 from stages.rows import effective_messages
 from stages.storage import Store
@@ -161,6 +163,7 @@ class RunColumns:
     homes: Mapping[str, str]
     rows: int
     targets: bool = False
+    each: Each = in_turn
 
     @property
     def n_rows(self) -> int:
@@ -173,14 +176,35 @@ class RunColumns:
             yield read_columns(self.run, part, names, self.homes, targets=self.targets)
 
     def map(
-        self, names: Sequence[str], fn: Callable[[pa.Table], T], merge: Callable[[T, T], T]
+        self,
+        names: Sequence[str],
+        fn: Callable[[pa.Table, pa.Table], T],
+        merge: Callable[[T, T], T],
+        *,
+        beside: pa.Table,
     ) -> T:
-        """`fn` of every shard's columns, merged in shard order."""
-        results = (fn(table) for table in self.iter(names))
-        total = next(results)
-        for result in results:
-            total = merge(total, result)
-        return total
+        """`fn` of every shard's columns and its rows of `beside`, merged in shard order."""
+        folder = "ingest/targets" if self.targets else "ingest"
+        counts = [self.run.table_rows(f"{folder}/{part}") for part in self.part_names]
+        starts = [0, *accumulate(counts)]
+        here = replace(self, each=in_turn)
+        tasks = zip(
+            self.part_names,
+            (beside.slice(start, count) for start, count in zip(starts, counts, strict=False)),
+            strict=True,
+        )
+        return reduce(merge, self.each(partial(_of_shard, here, tuple(names), fn), tasks))
+
+
+def _of_shard(
+    columns: RunColumns,
+    names: tuple[str, ...],
+    fn: Callable[[pa.Table, pa.Table], T],
+    task: tuple[str, pa.Table],
+) -> T:
+    part, beside = task
+    table = read_columns(columns.run, part, names, columns.homes, targets=columns.targets)
+    return fn(table, beside)
 
 
 def run_columns(run: Store, homes: Mapping[str, str]) -> RunColumns:

@@ -39,6 +39,9 @@ from stages.rules import rule_columns, rule_mask
 from stages.sources.settings import Source
 from stages.storage import Store, parquet_bytes
 
+_ROWS_ON_WORKERS = 200_000
+"""Rows from which the mixture's pass over shards is worth workers: below, it takes seconds."""
+
 
 @dataclass(frozen=True)
 class Event:
@@ -193,7 +196,7 @@ class Run:
         elif name in self.flow.fits:
             rows = await self._fit_stage(name, inputs)
         else:
-            rows = self._set_stage(name, inputs)
+            rows = await self._set_stage(name, inputs)
         self.listener(Event(name, "done", rows=rows, seconds=time.monotonic() - started))
 
     def _is_current(
@@ -558,11 +561,16 @@ class Run:
         )
         return columns.n_rows
 
-    def _set_stage(self, name: str, inputs: Mapping[str, Any]) -> int:
+    async def _set_stage(self, name: str, inputs: Mapping[str, Any]) -> int:
         started = time.monotonic()
         stage = self.flow.sets[name]
         self.listener(Event(name, "start", total=1))
         columns = self._columns(name)
+        if name == "mixture" and columns.n_rows >= _ROWS_ON_WORKERS:
+            backend = self._made_backend()
+            # Without engines: a pool would keep the cores that tasks over shards are given.
+            await backend.open({}, self.config.execution.engines)
+            columns = replace(columns, each=backend.map)
         before = self.flow.names[: self.flow.names.index(name)]
         stores = {earlier: self.store.child(folder_of(earlier)) for earlier in before}
         outcome = stage.decide(columns, self._targets(name), stores)

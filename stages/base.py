@@ -121,9 +121,18 @@ class ShardedColumns(Protocol):
         ...
 
     def map(
-        self, names: Sequence[str], fn: Callable[[pa.Table], T], merge: Callable[[T, T], T]
+        self,
+        names: Sequence[str],
+        fn: Callable[[pa.Table, pa.Table], T],
+        merge: Callable[[T, T], T],
+        *,
+        beside: pa.Table,
     ) -> T:
-        """`fn` of every shard's columns, merged; `merge` must be associative."""
+        """`fn` of every shard's columns and its rows of `beside`, merged in the shards' order.
+
+        `beside` has a row for each row of all shards. `fn`, `merge` and what they return must be
+        picklable, and `merge` associative: shards may be taken on workers.
+        """
         ...
 
 

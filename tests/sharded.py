@@ -25,9 +25,16 @@ class Tables:
             yield self.table.select(list(names)).slice(start, self.shard)
 
     def map(
-        self, names: Sequence[str], fn: Callable[[pa.Table], T], merge: Callable[[T, T], T]
+        self,
+        names: Sequence[str],
+        fn: Callable[[pa.Table, pa.Table], T],
+        merge: Callable[[T, T], T],
+        *,
+        beside: pa.Table,
     ) -> T:
-        first, *rest = [fn(table) for table in self.iter(names)]
+        starts = range(0, self.n_rows, self.shard)
+        parts = (beside.slice(start, self.shard) for start in starts)
+        first, *rest = [fn(*pair) for pair in zip(self.iter(names), parts, strict=True)]
         for other in rest:
             first = merge(first, other)
         return first

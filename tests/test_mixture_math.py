@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import ot
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.optimize import linprog
 from scipy.spatial.distance import cdist
 
@@ -21,9 +23,16 @@ from stages.mixture.certificate import (
     near_optimal_ranges,
     value_lower_bound_at,
 )
-from stages.mixture.cost import cosine_cost, cost_matrix, euclidean_cost, squared_euclidean_cost
+from stages.mixture.cost import (
+    Metric,
+    cosine_cost,
+    cost_matrix,
+    euclidean_cost,
+    squared_euclidean_cost,
+)
 from stages.mixture.cuts import Cuts, lowest_point
-from stages.mixture.energy import energy_mixture, energy_statistics
+from stages.mixture.debiased import debiased_mixture, halves, self_transport
+from stages.mixture.energy import EnergySums, energy_mixture, energy_ranges, energy_sums
 from stages.mixture.joint_lp import optimal_mixture_by_lp
 from stages.mixture.simplex import (
     FloatArray,
@@ -32,11 +41,19 @@ from stages.mixture.simplex import (
     nearest_mixture,
     row_weights,
 )
+from stages.mixture.space import Space, principal_projection, projection_of, task_penalty
 from stages.mixture.transport import (
     TransportNotSolved,
     c_transform,
+    c_transforms,
     mean_potential_per_source,
     transport,
+)
+from stages.mixture.weightings import (
+    chameleon_weights,
+    kept_in_proportion,
+    nearest_rows,
+    neighbour_shares,
 )
 
 
@@ -76,6 +93,13 @@ def gaussian_problem(
     y = 0.8 * centres[rng.integers(0, sources, atoms)] + rng.normal(size=(atoms, d))
     b = rng.uniform(0.2, 1.0, atoms) if generic else np.ones(atoms)
     return Problem(x, source, y, b / b.sum(), euclidean_cost(x, y))
+
+
+def pairs_of(problem: Problem, metric: Metric = "euclidean", blocks: int = 1) -> EnergySums:
+    """Sums over all pairs of a problem."""
+    return energy_sums(
+        problem.x, problem.source, problem.y, problem.b, metric, problem.n_sources, blocks
+    )
 
 
 # Ground costs
@@ -353,6 +377,47 @@ def test_optimal_mixture_free_weights_equals_joint_lp_and_dual(seed):
     assert problem.value(uniform) > joint.value * 1.001, "the start was already optimal"
 
 
+@given(
+    seed=st.integers(0, 2**31),
+    sources=st.integers(2, 5),
+    rows=st.integers(1, 8),
+    atoms=st.integers(1, 14),
+    floor=st.floats(0, 0.15),
+    cap=st.floats(0.5, 1),
+)
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_optimal_mixture_random_problems_equals_joint_lp(seed, sources, rows, atoms, floor, cap):
+    """T3: min_p F(p) by cuts = the joint LP by HiGHS, to 1e-6. Source: LP duality."""
+    problem = gaussian_problem(seed, sources, rows, atoms)
+    bounds = np.full(sources, floor), np.full(sources, cap)
+    bundle = optimal_mixture(problem.cost, problem.source, problem.b, *bounds, 1e-8)
+    joint = optimal_mixture_by_lp(problem.cost, problem.source, problem.b, *bounds)
+    assert bundle.value == pytest.approx(joint.value, rel=1e-6)
+    assert bundle.lower_bound == pytest.approx(joint.value, rel=1e-6)
+
+
+@pytest.mark.parametrize("epsilon", [0.01, 0.1, 1.0])
+def test_transport_entropic_value_lies_within_epsilon_log_m_above(epsilon):
+    """T11: 0 <= OT_eps - OT <= eps log m, OT_eps by Sinkhorn. Source: KL(P | a x b) <= H(b)."""
+    problem = gaussian_problem(35)
+    a = row_weights(np.array([0.2, 0.5, 0.3]), problem.source)
+    plan = ot.sinkhorn(
+        a, problem.b, problem.cost, epsilon, "sinkhorn_log", numItermax=100_000, stopThr=1e-12
+    )
+    product = np.outer(a, problem.b)
+    entropic = (problem.cost * plan).sum() + epsilon * (plan * np.log(plan / product)).sum()
+    excess = entropic - transport(problem.cost, a, problem.b).value
+    assert 0 < excess <= epsilon * np.log(problem.b.size)
+
+
+def test_c_transforms_many_rows_equals_one_at_a_time():
+    """f_ij = min_l (C_il - g_jl), whatever the number of rows. Source: definition."""
+    rng = np.random.default_rng(36)
+    cost, potentials = rng.normal(size=(300, 7)), rng.normal(size=(3, 7))
+    expected = (cost[:, None] - potentials).min(axis=2)
+    np.testing.assert_array_equal(c_transforms(cost, potentials), expected)
+
+
 def test_optimal_mixture_eight_sources_certifies_gap_by_its_cuts():
     """LB <= F* <= UB and UB - LB <= tol UB; cuts are tight at their p. Source: LP duality."""
     problem = gaussian_problem(22, sources=8, rows=12, atoms=60, d=8)
@@ -495,7 +560,7 @@ def test_optimal_mixture_infeasible_bounds_raises_naming_them(lower, upper, mess
     with pytest.raises(ValueError, match=message):
         optimal_mixture_by_lp(*arguments, lower, upper)
     with pytest.raises(ValueError, match=message):
-        energy_mixture(problem.x, problem.source, problem.y, problem.b, lower, upper, "euclidean")
+        energy_mixture(pairs_of(problem), lower, upper)
 
 
 def test_optimal_mixture_too_few_solves_raises():
@@ -677,9 +742,7 @@ def energy_by_pairs(problem: Problem, p: FloatArray) -> float:
 def test_energy_value_equals_sum_over_pairs():
     """ED(p) = 2 p . D - p^T E p - S. Source: Szekely and Rizzo 2013."""
     problem = gaussian_problem(50)
-    mixture = energy_mixture(
-        problem.x, problem.source, problem.y, problem.b, *problem.free, "euclidean"
-    )
+    mixture = energy_mixture(pairs_of(problem), *problem.free)
     assert mixture.value == pytest.approx(energy_by_pairs(problem, mixture.weights), abs=1e-12)
     grid = np.array([(i, j, 40 - i - j) for i in range(41) for j in range(41 - i)]) / 40
     values = [energy_by_pairs(problem, p) for p in grid]
@@ -698,7 +761,8 @@ def test_energy_target_drawn_from_distinct_sources_recovers_weights(metric):
         np.repeat(np.arange(4), (truth * 300).astype(int)),
     )
     x, y = (centres[k] + rng.normal(size=(k.size, 16)) for k in (source, labels))
-    mixture = energy_mixture(x, source, y, np.ones(300), np.zeros(4), np.ones(4), metric)
+    sums = energy_sums(x, source, y, np.ones(300), metric, 4)
+    mixture = energy_mixture(sums, np.zeros(4), np.ones(4))
     np.testing.assert_allclose(mixture.weights, truth, atol=0.03)
     assert abs(mixture.value) < 0.02
 
@@ -707,19 +771,224 @@ def test_energy_statistics_of_one_row_per_source_raises():
     """E_kk needs two independent rows. Source: U-statistics."""
     x, y = np.eye(3), np.eye(3)
     with pytest.raises(ValueError, match="source 1 has 1 rows"):
-        energy_statistics(x, [0, 0, 1], y, np.ones(3), "euclidean", 2)
+        energy_sums(x, [0, 0, 1], y, np.ones(3), "euclidean", 2).statistics()
+    with pytest.raises(ValueError, match="one atom with mass"):
+        energy_sums(x, [0, 0, 0], y, [1.0, 0.0, 0.0], "euclidean", 1).statistics()
 
 
-def test_energy_low_variance_decoys_are_refused_where_plain_transport_takes_them():
-    """T8: argmin F takes sources of half the spread, argmin ED doesn't. Source: measured."""
+def test_energy_statistics_without_a_block_are_those_of_the_rows_left():
+    """Means over the rows and targets of the other blocks. Source: definition of the jackknife."""
+    problem = gaussian_problem(53, rows=21)
+    sums = pairs_of(problem, blocks=4)
+    place = np.arange(len(problem.x)) % 21
+    left = place % 4 != 1
+    there = np.arange(len(problem.y)) % 4 != 1
+    alone = energy_sums(
+        problem.x[left],
+        problem.source[left],
+        problem.y[there],
+        problem.b[there],
+        "euclidean",
+        3,
+    )
+    for found, expected in zip(sums.statistics(1), alone.statistics(), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+    whole = pairs_of(problem)
+    for found, expected in zip(sums.statistics(), whole.statistics(), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_energy_ranges_hold_the_planted_weights_in_most_draws():
+    """p +- 2 se holds p* about 95 times in 100 inside the simplex. Source: the jackknife."""
+    truth, hits, wide = np.array([0.5, 0.3, 0.2]), 0, []
+    centres = 2.0 * np.eye(3, 8)
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        source, labels = np.repeat(np.arange(3), 60), rng.choice(3, 90, p=truth)
+        x, y = (centres[k] + rng.normal(size=(k.size, 8)) for k in (source, labels))
+        sums = energy_sums(x, source, y, np.ones(90), "euclidean", 3, blocks=8)
+        weights = energy_mixture(sums, np.zeros(3), np.ones(3)).weights
+        ranges = energy_ranges(sums, weights, np.zeros(3), np.ones(3))
+        hits += int(((ranges[:, 0] <= truth) & (truth <= ranges[:, 1])).sum())
+        wide.append(np.ptp(ranges, axis=1).mean())
+    assert hits >= 0.8 * 36
+    assert 0.02 < np.mean(wide) < 0.4
+
+
+def test_low_variance_decoys_are_taken_by_plain_transport_alone():
+    """T8: argmin F takes sources of half the spread; argmin D and ED don't. Source: measured."""
     rng = np.random.default_rng(52)
     centres = rng.normal(size=(2, 16)) / 2
     source = np.repeat(np.arange(4), 200)
     spread = np.array([1.0, 1.0, 0.5, 0.5])
     x = centres[source % 2] + spread[source, None] * rng.normal(size=(800, 16))
     y = centres[np.arange(200) % 2] + rng.normal(size=(200, 16))
-    free, b = (np.zeros(4), np.ones(4)), np.ones(200)
-    plain = optimal_mixture(euclidean_cost(x, y), source, b, *free, 1e-3)
-    energy = energy_mixture(x, source, y, b, *free, "euclidean")
-    assert plain.weights[2:].sum() > 0.9
-    assert energy.weights[2:].sum() < 0.1
+    free, b = (np.zeros(4), np.ones(4)), np.ones(200) / 200
+    plain = optimal_mixture(euclidean_cost(x, y), source, b, *free, 1e-3).weights
+    energy = energy_mixture(energy_sums(x, source, y, b, "euclidean", 4), *free).weights
+    starts = [plain, np.full(4, 0.25)]
+    debiased = debiased_mixture(
+        halves(x, source, 4), y, b, *free, Space("euclidean"), starts, 1e-3
+    ).weights
+    assert plain[2:].sum() > 0.9
+    assert energy[2:].sum() < 0.1
+    assert debiased[2:].sum() < 0.15
+
+
+# Split-debiased transport
+
+
+def test_self_transport_slope_lies_between_one_sided_differences():
+    """S'(p; -d) <= s . d <= S'(p; d), at weight 0 too. Source: LP duality, S is convex in p."""
+    rng = np.random.default_rng(60)
+    source = np.repeat(np.arange(3), 24)
+    x = np.eye(3, 4)[source] + rng.normal(size=(72, 4))
+    one, other = halves(x, source, 3)
+    cost = euclidean_cost(one.vectors, other.vectors)
+    step = 1e-6
+    for p in ([0.2, 0.5, 0.3], [0.6, 0.4, 0.0]):
+        value, slope = self_transport(np.array(p), cost, one, other)
+        for direction in ([-0.6, -0.4, 1.0], [0.5, -0.5, 0.0], [-0.5, 0.5, 0.0]):
+            ahead, _ = self_transport(np.array(p) + step * np.array(direction), cost, one, other)
+            assert slope @ direction <= (ahead - value) / step + 1e-6
+    a = row_weights([0.2, 0.5, 0.3], one.source)
+    b = row_weights([0.2, 0.5, 0.3], other.source)
+    value, _ = self_transport(np.array([0.2, 0.5, 0.3]), cost, one, other)
+    assert value == pytest.approx(ot.emd2(a, b, cost), rel=1e-9)
+
+
+def test_debiased_mixture_is_no_worse_than_a_grid():
+    """D at the mixture found <= D on a grid of mixtures, by POT. Source: definition of D."""
+    problem = gaussian_problem(61, rows=24, atoms=30)
+    one, other = halves(problem.x, problem.source, 3)
+    cost = euclidean_cost(one.vectors, problem.y)
+    between = euclidean_cost(one.vectors, other.vectors)
+    grid = np.array([(i, j, 12 - i - j) for i in range(13) for j in range(13 - i)]) / 12
+
+    def value(p: FloatArray) -> float:
+        a, b = row_weights(p, one.source), row_weights(p, other.source)
+        return float(ot.emd2(a, problem.b, cost)) - float(ot.emd2(a, b, between)) / 2
+
+    values = [value(p) for p in grid]
+    starts = [np.full(3, 1 / 3), *np.eye(3)]
+    found = debiased_mixture(
+        (one, other), problem.y, problem.b, *problem.free, Space("euclidean"), starts, 1e-6
+    )
+    assert found.value == pytest.approx(value(found.weights), abs=1e-9)
+    assert found.value <= min(values) + 1e-3 * abs(min(values))
+
+
+def test_halves_of_one_row_raise():
+    """Independent halves need two rows. Source: definition."""
+    with pytest.raises(ValueError, match="source 1 has one row"):
+        halves(np.eye(3), np.array([0, 0, 1]), 2)
+
+
+# Warm starts and reuse
+
+
+def test_optimal_mixture_known_potentials_of_a_sample_save_solves():
+    """Any g is a cut of any sample: fewer solves, the same optimum. Source: LP duality."""
+    problem = gaussian_problem(62, sources=6, rows=60, atoms=60, d=8)
+    sample = np.arange(360) % 60 < 20
+    first = optimal_mixture(
+        problem.cost[sample], problem.source[sample], problem.b, *problem.free, 1e-3
+    )
+    arguments = problem.cost, problem.source, problem.b, *problem.free, 1e-3
+    cold, warm = optimal_mixture(*arguments), optimal_mixture(*arguments, known=first.potentials)
+    assert warm.solves < cold.solves
+    assert warm.value == pytest.approx(cold.value, rel=2e-3)
+    assert warm.lower_bound <= cold.value
+
+
+def test_optimal_mixture_in_groups_equals_joint_lp_of_merged_sources():
+    """p = W q is a mixture of merged measures. Source: linearity of p -> sum_k p_k mu_k."""
+    problem = gaussian_problem(63, sources=4)
+    keep = {"a": 0.3, "c": 0.1}
+    lower, upper = np.zeros(4), np.array([0.6, 1.0, 1.0, 1.0])
+    groups, low, high = kept_in_proportion(["a", "b", "c", "d"], keep, lower, upper)
+    found = optimal_mixture(problem.cost, problem.source, problem.b, low, high, 1e-8, groups=groups)
+    assert found.weights[0] == pytest.approx(3 * found.weights[2], abs=1e-9)
+    assert found.weights[0] <= 0.6 + 1e-9
+    # The merged source has each row of a three times for one of c: all have 20 rows.
+    rows = np.concatenate(
+        [np.tile(np.arange(20), 3), np.arange(40, 60), np.arange(20, 40), np.arange(60, 80)]
+    )
+    merged = np.repeat([0, 1, 2], [80, 20, 20])
+    joint = optimal_mixture_by_lp(problem.cost[rows], merged, problem.b, low, high)
+    assert found.value == pytest.approx(joint.value, rel=1e-6)
+
+
+def test_kept_proportions_outside_the_bounds_raise():
+    """w_k q_0 within the bounds of k, for some q_0. Source: definition."""
+    upper = np.array([0.2, 1.0, 1.0])
+    with pytest.raises(ValueError, match="don't allow the proportions"):
+        kept_in_proportion(["a", "b", "c"], {"a": 0.9, "b": 0.1}, np.array([0, 0.1, 0]), upper)
+
+
+# Other weightings
+
+
+def test_neighbour_shares_equal_brute_force_whatever_the_blocks():
+    """p_k = sum_j b_j |N_j in S_k| / |N_j|. Source: definition."""
+    problem = gaussian_problem(64)
+    space, everything = Space("euclidean"), np.arange(60)
+    order = np.random.default_rng(64).permutation(60)
+    blocks = [
+        nearest_rows(problem.x[part], problem.source[part], problem.y, space, 4)
+        for part in np.array_split(order, 5)
+    ]
+    total = blocks[3] + blocks[0] + blocks[4] + blocks[1] + blocks[2]
+    nearest = np.argsort(cdist(problem.y, problem.x), axis=1)[:, :4]
+    expected = [(problem.b[:, None] / 4 * (problem.source[nearest] == k)).sum() for k in range(3)]
+    np.testing.assert_allclose(neighbour_shares(total, problem.b, 3), expected, atol=1e-12)
+    whole = nearest_rows(problem.x, problem.source[everything], problem.y, space, 100)
+    assert neighbour_shares(whole, problem.b, 3) == pytest.approx([1 / 3] * 3)
+
+
+def test_chameleon_weights_equal_ridge_leverages():
+    """S_k = [G (G + lambda K I)^-1]_kk, by eigenvalues of G. Source: arXiv 2505.24844."""
+    rng = np.random.default_rng(65)
+    source = np.repeat(np.arange(4), 30)
+    x = 5 * rng.normal(size=(4, 6))[source] + rng.normal(size=(120, 6))
+    means = np.array([x[source == k].mean(axis=0) for k in range(4)])
+    centred = means - means.mean(axis=0)
+    values, vectors = np.linalg.eigh(centred @ centred.T)
+    leverage = (vectors**2 * (values / (values + 10 * 4))).sum(axis=1)
+    expected = np.exp(leverage / 0.2) / np.exp(leverage / 0.2).sum()
+    found = chameleon_weights(x, source, np.full(4, 30))
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    assert np.ptp(found) > 0.02
+
+
+# Space
+
+
+def test_principal_projection_spans_what_varies_and_repeats_exactly():
+    """Rows of rank 3 lose no distance in 3 dimensions. Source: principal components."""
+    rng = np.random.default_rng(66)
+    basis = np.linalg.qr(rng.normal(size=(10, 3)))[0].T
+    x, y = (rng.normal(size=(n, 3)) @ basis for n in (50, 20))
+    projection = principal_projection(x, y, np.full(20, 1 / 20), 3)
+    np.testing.assert_allclose(cdist(projection.of(x), projection.of(y)), cdist(x, y), atol=1e-10)
+    assert projection.share == pytest.approx(1)
+    again = projection_of(principal_projection(x, y, np.full(20, 1 / 20), 3).table())
+    np.testing.assert_array_equal(again.directions, projection.directions)
+    np.testing.assert_array_equal(again.mean, projection.mean)
+    with pytest.raises(ValueError, match="11 of 10 dimensions"):
+        principal_projection(x, y, np.full(20, 1 / 20), 11)
+
+
+def test_task_penalty_counts_in_the_certificate_as_in_the_cost():
+    """c + lambda [task not served]: h_k over the whole cost. Source: definition."""
+    problem = gaussian_problem(67)
+    tasks = ["a" if j < 12 else "b" for j in range(25)]
+    penalty = task_penalty(["s", "t", "u"], tasks, {"s": ["a"], "u": ["a", "b"]}, 0.7)
+    assert penalty is not None
+    assert penalty.sum(axis=1).tolist() == pytest.approx([0.7 * 13, 0, 0])
+    cost = problem.cost + penalty[problem.source]
+    bundle = optimal_mixture(cost, problem.source, problem.b, *problem.free, 1e-6)
+    sums = cut_sums(
+        problem.x, problem.source, problem.y, bundle.potentials, "euclidean", 3, 16, penalty
+    )
+    np.testing.assert_allclose(sums.means(), bundle.cuts.slopes, atol=1e-12)

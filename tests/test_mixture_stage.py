@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,22 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from pydantic import ValidationError
 from sharded import Tables
 
+from pipeline.backend import LocalBackend
+from pipeline.rundir import RunColumns
+from stages.base import in_turn
 from stages.errors import StageError
+from stages.mixture.certificate import CutSums
+from stages.mixture.certified import Problem, sums_over_all_rows
 from stages.mixture.cost import cost_matrix
 from stages.mixture.emitted import emitted_value
 from stages.mixture.joint_lp import optimal_mixture_by_lp
 from stages.mixture.problem import target_cloud, weight_bounds
 from stages.mixture.settings import MixtureSettings
-from stages.mixture.stage import MixtureStage, Supply, mixture_value
+from stages.mixture.space import Space
+from stages.mixture.stage import MixtureStage, Supply
 from stages.storage import Store
 
 
@@ -62,20 +70,21 @@ def solve(
     store = Store(str(tmp_path / "selection"))
     store.write_table("decisions.parquet", decisions)
     free = Supply(None, "rows", {}, frozenset())
-    stage = MixtureStage(MixtureSettings(**settings), supply or free, seed=1)
+    asked = MixtureSettings(**{"method": "transport", **settings})
+    stage = MixtureStage(asked, supply or free, seed=1)
     outcome = stage.decide(Tables(rows, shard), Tables(wanted, 50), {"selection": store})
     return outcome.report
 
 
 def test_planted_shares_are_found_and_the_certificate_holds(tmp_path: Path) -> None:
-    data = planted(300, 200, (0.5, 0.3, 0.2, 0.0))
+    data = planted(150, 100, (0.5, 0.3, 0.2, 0.0))
     report = solve(tmp_path, data, rows_per_source=60, max_rows_per_source=60, tolerance=0.5)
     found = [report["weights"][f"s{k}"] for k in range(4)]
     assert found == pytest.approx([0.5, 0.3, 0.2, 0.0], abs=0.02)
     _, _, _, vectors, source, points = data
-    # The exact optimum over all 1,200 rows, by a linear programme that never saw the sample.
+    # The exact optimum over all 600 rows, by a linear programme that never saw the sample.
     cost = cost_matrix(vectors.astype(np.float32), points.astype(np.float32), "euclidean")
-    exact = optimal_mixture_by_lp(cost, source, np.ones(200) / 200, np.zeros(4), np.ones(4))
+    exact = optimal_mixture_by_lp(cost, source, np.ones(100) / 100, np.zeros(4), np.ones(4))
     assert report["lower_bound"] <= exact.value + 1e-9
     low, high = report["upper_interval"]
     assert exact.value <= high + 0.02 * exact.value
@@ -172,7 +181,7 @@ def test_value_of_emitted_rows_is_that_of_a_linear_programme(tmp_path: Path) -> 
     report = {"weights": {"s0": 0.5, "s1": 0.5}, "available": {"s0": 40, "s1": 40}}
     found = emitted_value(
         Tables(rows, 9), Tables(wanted, 50), lines, decisions["source"].to_pylist(), report,
-        MixtureSettings(), seed=1,
+        MixtureSettings(), 1, Store(str(tmp_path)),
     )  # fmt: skip
     # One source holding exactly these lines: the joint LP has no weight left to choose.
     cost = cost_matrix(vectors[lines].astype(np.float32), points.astype(np.float32), "euclidean")
@@ -183,11 +192,266 @@ def test_value_of_emitted_rows_is_that_of_a_linear_programme(tmp_path: Path) -> 
     assert found["value_emitted_lines"] == 7
 
 
-def test_mixture_value_weighs_sources_not_rows() -> None:
-    x = np.array([[0.0], [0.0], [0.0], [1.0]])
-    cloud = target_cloud(
-        Tables(pa.table({"id": ["t"], "task": ["a"], "embedding": [[0.0]]}), 1), 1, 0, "equal"
+METHODS = ("transport", "debiased", "energy", "nearest", "chameleon", "uniform", "proportional")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_keeps_the_bounds_and_the_certificate(tmp_path: Path, method: str) -> None:
+    data = planted(40, 40, (0.7, 0.3, 0.0))
+    report = solve(tmp_path, data, method=method, caps={"s0": 0.5}, floors={"s2": 0.1})
+    weights = report["weights"]
+    assert sum(weights.values()) == pytest.approx(1, abs=1e-9)
+    assert weights["s0"] <= 0.5 + 1e-9
+    assert weights["s2"] >= 0.1 - 1e-9
+    vectors, source, points = data[3:]
+    cost = cost_matrix(vectors.astype(np.float32), points.astype(np.float32), "euclidean")
+    given = np.array([weights[f"s{k}"] for k in range(3)])
+    # All rows fit, so the value is exact: that of a linear programme with the weights fixed.
+    value = optimal_mixture_by_lp(cost, source, np.ones(40) / 40, given, given).value
+    assert report["upper_estimate"] == pytest.approx(value, rel=1e-6)
+    least = optimal_mixture_by_lp(cost, source, np.ones(40) / 40, [0, 0, 0.1], [0.5, 1, 1]).value
+    assert report["lower_bound"] <= least * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("method", ["transport", "debiased", "energy"])
+def test_planted_shares_are_found_by_every_measure(tmp_path: Path, method: str) -> None:
+    report = solve(tmp_path, planted(120, 100, (0.5, 0.3, 0.2, 0.0)), method=method)
+    found = [report["weights"][f"s{k}"] for k in range(4)]
+    assert found == pytest.approx([0.5, 0.3, 0.2, 0.0], abs=0.03)
+    for name, (low, high) in report["ranges"].items():
+        assert low - 1e-9 <= report["weights"][name] <= high + 1e-9
+
+
+def test_nearest_shares_are_those_of_the_nearest_rows(tmp_path: Path) -> None:
+    data = planted(50, 30, (0.6, 0.4, 0.0))
+    report = solve(tmp_path, data, method="nearest", neighbours=3)
+    cost = cost_matrix(data[3].astype(np.float32), data[5].astype(np.float32), "euclidean")
+    nearest = data[4][np.argsort(cost, axis=0)[:3]]
+    for k in range(3):
+        assert report["weights"][f"s{k}"] == pytest.approx((nearest == k).mean(), abs=1e-9)
+
+
+def test_kept_sources_keep_their_proportions_and_the_loss_is_bounded(tmp_path: Path) -> None:
+    data = planted(60, 100, (0.5, 0.2, 0.3))
+    free = solve(tmp_path, data)
+    report = solve(tmp_path, data, keep={"s0": 0.2, "s1": 0.2})
+    assert report["weights"]["s0"] == pytest.approx(report["weights"]["s1"], rel=1e-6)
+    assert report["free_lower_bound"] <= free["upper_estimate"] * (1 + 1e-9)
+    true_loss = report["upper_estimate"] / free["upper_estimate"] - 1
+    assert true_loss > 0.05
+    assert true_loss <= report["loss_of_keeping"] + 1e-9
+
+
+def test_principal_components_are_kept_and_serve_emission(tmp_path: Path) -> None:
+    data = planted(60, 60, (0.6, 0.4))
+    rows, wanted, decisions, _, source, _ = data
+    store = Store(str(tmp_path / "selection"))
+    store.write_table("decisions.parquet", decisions)
+    settings = MixtureSettings(method="transport", pca=2)
+    stage = MixtureStage(settings, Supply(None, "rows", {}, frozenset()), seed=1)
+    outcome = stage.decide(Tables(rows, 7), Tables(wanted, 50), {"selection": store})
+    again = stage.decide(Tables(rows, 50), Tables(wanted, 50), {"selection": store})
+    assert outcome.tables["projection.parquet"].equals(again.tables["projection.parquet"])
+    mixture = Store(str(tmp_path / "mixture"))
+    mixture.write_table("projection.parquet", outcome.tables["projection.parquet"])
+    value = emitted_value(
+        Tables(rows, 9), Tables(wanted, 50), np.arange(len(source)),
+        decisions["source"].to_pylist(), outcome.report, settings, 1, mixture,
+    )["value_emitted"]  # fmt: skip
+    found = outcome.tables["projection.parquet"]["vector"].to_pylist()
+    mean, directions = np.array(found[0]), np.array(found[1:])
+    x, y = (
+        (np.array(table["embedding"].to_pylist()) - mean) @ directions.T for table in (rows, wanted)
     )
-    source = np.array([0, 0, 0, 1])
-    value = mixture_value(x, source, np.array([0.25, 0.75]), cloud, "euclidean")
-    assert value == pytest.approx(0.75)
+    uniform = np.ones(1)
+    exact = optimal_mixture_by_lp(
+        cost_matrix(x, y, "euclidean"), np.zeros(120, int), np.ones(60) / 60, uniform, uniform
+    ).value
+    assert value == pytest.approx(exact, rel=1e-6)
+
+
+def test_a_task_that_a_source_does_not_serve_costs_it_weight(tmp_path: Path) -> None:
+    data = planted(40, 40, (0.5, 0.5))
+    wanted = data[1].set_column(1, "task", pa.array(["a"] * 20 + ["b"] * 20))
+    data = (data[0], wanted, *data[2:])
+    plain = solve(tmp_path, data, method="transport")
+    priced = solve(
+        tmp_path, data, method="transport", serves={"s0": ["b"], "s1": ["a"]}, task_cost=100
+    )
+    assert plain["lower_bound"] < priced["lower_bound"]
+    # Both sources are now far from what they resemble: crossing over costs 6 * sqrt(2), not 100.
+    assert priced["upper_estimate"] < 100
+    with pytest.raises(StageError, match="names the task 'c'"):
+        solve(tmp_path, data, serves={"s0": ["c"]}, task_cost=1)
+
+
+def test_settings_that_disagree_are_refused() -> None:
+    for wrong in (
+        {"method": "energy", "keep": {"a": 0.5}},
+        {"keep": {"a": 0.0}, "method": "transport"},
+        {"serves": {"a": ["b"]}},
+        {"task_cost": 1.0},
+        {"rows_per_source": 50, "max_rows_per_source": 40},
+    ):
+        with pytest.raises(ValidationError):
+            MixtureSettings(**wrong)
+
+
+# Bad input
+
+
+def test_one_source_has_weight_one_and_a_bound(tmp_path: Path) -> None:
+    for method in METHODS:
+        report = solve(tmp_path, planted(30, 20, (1.0,)), method=method)
+        assert report["weights"] == {"s0": pytest.approx(1)}
+        assert report["gap"] == pytest.approx(0, abs=1e-9)
+
+
+def test_targets_all_alike_get_the_nearest_source(tmp_path: Path) -> None:
+    data = planted(30, 20, (0.5, 0.5))
+    same = data[1].set_column(2, "embedding", pa.array([[6.0, 0, 0, 0, 0]] * 20))
+    data = (data[0], same, *data[2:])
+    report = solve(tmp_path, data, method="transport")
+    assert report["weights"]["s0"] == pytest.approx(1, abs=1e-3)
+    assert report["energy_weights"] is None
+    with pytest.raises(StageError, match="two different target points"):
+        solve(tmp_path, data, method="energy")
+
+
+def test_a_source_of_one_row_is_weighed_by_transport(tmp_path: Path) -> None:
+    data = planted(30, 20, (0.5, 0.5))
+    decisions = data[2].set_column(
+        2, "keep", pa.array([i <= 30 for i in range(60)])
+    )  # all of s0, one row of s1
+    decisions = decisions.set_column(
+        3, "reason", pa.array(["kept" if i <= 30 else "cut" for i in range(60)])
+    )
+    data = (data[0], data[1], decisions, *data[3:])
+    report = solve(tmp_path, data, method="transport")
+    assert report["weights"]["s1"] == pytest.approx(0.5, abs=0.05)
+    for method in ("energy", "debiased"):
+        with pytest.raises(StageError, match=r"two rows of each source|halves need two"):
+            solve(tmp_path, data, method=method)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_vector_that_is_not_finite_is_an_error(tmp_path: Path, bad: float) -> None:
+    data = planted(10, 10, (0.5, 0.5))
+    vectors = data[0]["embedding"].to_pylist()
+    vectors[3][1] = bad
+    rows = data[0].set_column(1, "embedding", pa.array(vectors, pa.list_(pa.float32())))
+    with pytest.raises(StageError, match="NaN"):
+        solve(tmp_path, (rows, *data[1:]))
+
+
+def test_a_zero_vector_has_no_cosine(tmp_path: Path) -> None:
+    data = planted(10, 10, (0.5, 0.5))
+    vectors = data[0]["embedding"].to_pylist()
+    vectors[3] = [0.0] * 5
+    rows = data[0].set_column(1, "embedding", pa.array(vectors, pa.list_(pa.float32())))
+    with pytest.raises(StageError, match="zero vector"):
+        solve(tmp_path, (rows, *data[1:]), metric="cosine")
+    assert solve(tmp_path, (rows, *data[1:]))["lower_bound"] > 0
+
+
+def test_a_source_without_vectors_is_named(tmp_path: Path) -> None:
+    data = planted(10, 10, (0.5, 0.5))
+    vectors = [None if i >= 10 else v for i, v in enumerate(data[0]["embedding"].to_pylist())]
+    rows = data[0].set_column(1, "embedding", pa.array(vectors, pa.list_(pa.float32())))
+    with pytest.raises(StageError, match="source s1 has no kept row"):
+        solve(tmp_path, (rows, *data[1:]))
+
+
+def test_decisions_of_other_rows_are_refused(tmp_path: Path) -> None:
+    data = planted(10, 10, (0.5, 0.5))
+    ids = data[2]["id"].to_pylist()
+    decisions = data[2].set_column(0, "id", pa.array(ids[::-1]))
+    with pytest.raises(StageError, match="other rows"):
+        solve(tmp_path, (data[0], data[1], decisions, *data[3:]))
+
+
+def test_hundreds_of_sources_get_right_weights(tmp_path: Path) -> None:
+    """The optimum by the joint linear programme over all rows, of 240 sources of two rows."""
+    rng = np.random.default_rng(3)
+    x, y = rng.normal(size=(480, 4)), rng.normal(size=(12, 4))
+    source = np.repeat(np.arange(240), 2)
+    ids = [f"{i:032x}" for i in range(480)]
+    rows = pa.table({"id": ids, "embedding": list(x.astype(np.float32))})
+    wanted = pa.table(
+        {
+            "id": [f"t{j}" for j in range(12)],
+            "task": ["a"] * 12,
+            "embedding": list(y.astype(np.float32)),
+        }
+    )
+    decisions = pa.table(
+        {
+            "id": ids,
+            "source": [f"s{k:03d}" for k in source],
+            "keep": [True] * 480,
+            "reason": ["kept"] * 480,
+            "tokens": [1] * 480,
+        }
+    )
+    report = solve(tmp_path, (rows, wanted, decisions), method="transport")
+    cost = cost_matrix(x.astype(np.float32), y.astype(np.float32), "euclidean")
+    exact = optimal_mixture_by_lp(cost, source, np.ones(12) / 12, np.zeros(240), np.ones(240))
+    assert report["upper_estimate"] == pytest.approx(exact.value, rel=1e-3)
+    assert report["lower_bound"] <= exact.value * (1 + 1e-9)
+    assert report["energy_weights"] is None
+
+
+# Shards on workers
+
+
+def test_shards_of_a_run_taken_elsewhere_give_the_same_sums(tmp_path: Path) -> None:
+    """T10: count, total and squares add up, whatever the shards and wherever they are taken."""
+    rows, wanted, decisions, *_ = planted(40, 20, (0.5, 0.5))
+    cloud = target_cloud(Tables(wanted, 50), 100, 1, "equal")
+    free = np.zeros(2), np.ones(2)
+
+    def sums(shard: int, each: Any) -> CutSums:
+        run = Store(str(tmp_path / str(shard)))
+        for number, start in enumerate(range(0, 80, shard)):
+            part = rows.slice(start, shard)
+            run.write_table(f"ingest/part-{number:05d}.parquet", part.select(["id"]))
+            run.write_table(f"embedding/part-{number:05d}.parquet", part)
+        names = tuple(run.names("ingest"))
+        columns = RunColumns(run, names, {"id": "ingest", "embedding": "embedding"}, 80, each=each)
+        problem = Problem(
+            columns, decisions, ["s0", "s1"], cloud.vectors, cloud.mass, Space("euclidean"),
+            np.eye(2), *free, seed=1,
+        )  # fmt: skip
+        return sums_over_all_rows(problem, np.random.default_rng(0).normal(size=(3, 20)))
+
+    def elsewhere(fn: Any, tasks: Any) -> Any:
+        return (pickle.loads(pickle.dumps(fn))(pickle.loads(pickle.dumps(t))) for t in tasks)
+
+    whole = sums(80, in_turn)
+    for shard, each in ((7, in_turn), (33, elsewhere)):
+        parts = sums(shard, each)
+        np.testing.assert_array_equal(parts.count, whole.count)
+        np.testing.assert_allclose(parts.total, whole.total, rtol=1e-12)
+        np.testing.assert_allclose(parts.squares, whole.squares, rtol=1e-12)
+
+
+def test_a_run_maps_large_mixtures_over_its_backend(
+    recipe: Any, execute: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    execute()
+    folder = Store(str(recipe.run_folder / "mixture"))
+    here = folder.read_json("manifest.json")["report"]
+    monkeypatch.setattr("pipeline.runner._ROWS_ON_WORKERS", 1)
+    mapped: list[int] = []
+    plain = LocalBackend.map
+
+    def counted(self: Any, fn: Any, tasks: Any) -> Any:
+        listed = list(tasks)
+        mapped.append(len(listed))
+        return plain(self, fn, listed)
+
+    monkeypatch.setattr(LocalBackend, "map", counted)
+    execute(restart_from="mixture")
+    assert mapped
+    assert set(mapped) == {3}, "a task is a shard"
+    assert folder.read_json("manifest.json")["report"] == here

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from stages.emission.certificate import certificate_sentences
+from stages.emission.certificate import certificate_sentences, method_words
 from stages.emission.facts import Facts
 from stages.emission.shards import FOLDERS
 from stages.emission.splits import TRAIN, VALIDATION
@@ -240,7 +240,7 @@ def _mixture(facts: Facts) -> str:
     head = ["source", "weight", "range", "cap", f"quota ({unit})", "emitted"]
     said = " ".join(certificate_sentences(facts.mixture))
     return (
-        f"Weights are shares of the {unit}, chosen by optimal transport to the targets.\n\n"
+        f"Weights are shares of the {unit}, {method_words(facts.mixture)}.\n\n"
         f"{_table(head, rows, left=1)}\n\n{said}"
     ).rstrip()
 

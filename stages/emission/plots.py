@@ -10,6 +10,7 @@ import numpy.typing as npt
 from markupsafe import Markup
 
 Values = npt.NDArray[np.float32]
+Numbers = npt.NDArray[np.float64]
 
 
 def common_range(values: Values) -> tuple[float, float]:
@@ -111,6 +112,73 @@ def scatter(before: Values, after: Values, label: str) -> Markup:
         "IFD after</text>"
     )
     return _svg(416, 350, label, "".join(parts))
+
+
+def curve(across: Numbers, up: Numbers, marked: float, label: str) -> Markup:
+    """A line through points, with one place on the axis marked.
+
+    Args:
+        across: ascending, two or more.
+        up: finite values.
+        marked: where the mark stands.
+        label: for screen readers.
+    """
+    left, right, top, bottom = 44.0, 314.0, 8.0, 104.0
+    low, high = min(float(across[0]), marked), max(float(across[-1]), marked)
+    floor, peak = float(up.min()), float(up.max())
+    deep = (peak - floor) or 1.0
+
+    def place(value: float) -> float:
+        return left + (value - low) / (high - low) * (right - left)
+
+    spots = [
+        f"{place(x):.1f} {bottom - (y - floor) / deep * (bottom - top):.1f}"
+        for x, y in zip(across.tolist(), up.tolist(), strict=True)
+    ]
+    body = (
+        f'<path class="c-line" d="M{"L".join(spots)}"/>'
+        f'<path class="c-diagonal" d="M{place(marked):.1f} {top}V{bottom}"/>'
+        f'<text x="{left - 4}" y="{top + 8}" text-anchor="end">{peak:.3g}</text>'
+        f'<text x="{left - 4}" y="{bottom}" text-anchor="end">{floor:.3g}</text>'
+    )
+    return _svg(320, 126, label, body + _axis(low, high, left, right, bottom))
+
+
+def point_map(points: Numbers, names: Sequence[str | None], label: str) -> Markup:
+    """Points in a plane, a colour for each name; those without a name are rings.
+
+    Args:
+        points: [n, 2].
+        names: of each point.
+        label: for screen readers.
+    """
+    known = sorted({name for name in names if name is not None})
+    hue = {name: round(360 * place / max(len(known), 1)) for place, name in enumerate(known)}
+    low = points.min(axis=0)
+    scale = 400 / max(float(np.ptp(points, axis=0).max()), 1e-12)
+    spots = 10 + (points - low) * scale
+    tall = int(spots[:, 1].max()) + 10
+    parts = []
+    for (x, y), name in zip(spots.tolist(), names, strict=True):
+        at = f'cx="{x:.1f}" cy="{tall - y:.1f}"'
+        if name is None:
+            parts.append(f'<circle class="c-line" {at} r="3.4"/>')
+        else:
+            parts.append(
+                f'<circle fill="hsl({hue[name]} 60% 50%)" fill-opacity=".6" {at} r="2.4"/>'
+            )
+    for place, name in enumerate(known):
+        y = 16 + 17 * place
+        parts.append(
+            f'<circle fill="hsl({hue[name]} 60% 50%)" cx="432" cy="{y - 4}" r="4"/>'
+            f'<text x="442" y="{y}">{escape(name)}</text>'
+        )
+    y = 16 + 17 * len(known)
+    parts.append(
+        f'<circle class="c-line" cx="432" cy="{y - 4}" r="3.4"/>'
+        f'<text x="442" y="{y}">targets</text>'
+    )
+    return _svg(600, max(tall, y) + 10, label, "".join(parts))
 
 
 def flow(

@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from stages.emission import plots
 from stages.emission.bars import Bar, Chart, bars_of
-from stages.emission.certificate import certificate_sentences
+from stages.emission.certificate import certificate_sentences, method_words
 from stages.emission.decisions import Decisions
 from stages.emission.examples import LOW_IS_HARD, Ranked, shown_examples
 from stages.emission.facts import Facts
@@ -85,6 +85,7 @@ def report_html(
     chosen: Chosen,
     rejects: Sequence[Mapping[str, Any]],
     explained: Sequence[Mapping[str, Any]] = (),
+    mixture_charts: Sequence[tuple[str, Markup]] = (),
 ) -> bytes:
     """The page. Its times are the manifests', so they differ between runs of one recipe.
 
@@ -96,6 +97,7 @@ def report_html(
         chosen: the rows that are shown.
         rejects: rejected records that are shown.
         explained: selected rows with the latents that they share with their task.
+        mixture_charts: titles and charts of the mixture.
     """
     emitted = np.unique(order)
     ranked = chosen.ranked
@@ -121,6 +123,8 @@ def report_html(
         anchors=[source for source in facts.sources if source.role == "anchor"],
         licenses=_licenses(facts),
         mixture_bars=_mixture_bars(facts),
+        mixture_charts=mixture_charts,
+        mixture_words=method_words(facts.mixture) if facts.mixture else "",
         certificate=certificate_sentences(facts.mixture) if facts.mixture else [],
         difficulty=[
             (title, words, charts)

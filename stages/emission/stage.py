@@ -33,6 +33,7 @@ from stages.emission.gather import (
     read_scores,
 )
 from stages.emission.lineage import SCHEMA, lineage_json
+from stages.emission.mixture_view import mixture_charts
 from stages.emission.prefix import PrefixFacts, prefix_facts, prefix_tables
 from stages.emission.publication import emitted_licenses, model_facts, window_facts
 from stages.emission.quotas import plan_quotas, shares
@@ -167,6 +168,7 @@ class EmissionStage:
                 mixture,
                 MixtureSettings.model_validate(self.recipe["mixture"]),
                 self.seed,
+                artifacts["mixture"],
             )
         chosen, gathered = self._gathered(columns, plan.decisions, order)
         splits = split_rows(gathered, order, self.settings.validation, self.seed)
@@ -191,8 +193,9 @@ class EmissionStage:
         files |= prefix_files
         files |= trainers.files
         files["README.md"] = card_markdown(facts, self.version, trainers.notes)
+        charts = mixture_charts(mixture, artifacts["mixture"]) if mixture is not None else []
         files["report.html"] = report_html(
-            facts, gathered, plan.decisions, order, chosen, rejects, _explained(artifacts)
+            facts, gathered, plan.decisions, order, chosen, rejects, _explained(artifacts), charts
         )
         files["lineage.json"] = lineage_json(facts, self.version)
         files["croissant.json"] = croissant_json(facts, schema.arrow)
@@ -247,8 +250,10 @@ class EmissionStage:
             columns=lineage["columns"],
         )
         rejects = rejected_examples(artifacts["ingest"], self.seed) if "ingest" in artifacts else []
+        mixture = lineage["mixture"]
+        charts = mixture_charts(mixture, artifacts["mixture"]) if mixture is not None else []
         return report_html(
-            facts, gathered, plan.decisions, order, chosen, rejects, _explained(artifacts)
+            facts, gathered, plan.decisions, order, chosen, rejects, _explained(artifacts), charts
         )
 
     def _plan(self, artifacts: Mapping[str, Store]) -> Plan:

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 from scipy.linalg import helmert
-from scipy.optimize import nnls
+from scipy.optimize import minimize, nnls
 
 from stages.mixture.cuts import Cuts, lowest_point
 from stages.mixture.simplex import (
     FloatArray,
     checked_bounds,
     distribution,
+    means_per_source,
     nearest_mixture,
     row_weights,
     source_counts,
@@ -21,12 +22,17 @@ from stages.mixture.simplex import (
 from stages.mixture.transport import (
     Transport,
     TransportNotSolved,
-    mean_potential_per_source,
+    c_transforms,
     transport,
 )
 
 _LEVEL = 0.3
 _ZERO = 1e-12
+_ROUNDING = 1e-14
+_ABOVE = 0.1
+"""How much of the way down to the level may be left: the level is a rule of thumb."""
+_DENSE_SOURCES = 200
+"""Sources up to which projections are solved by a dense factorisation, which is exact."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +43,9 @@ class BundleResult:
         weights: p, float64 [K].
         value: F(p), an upper bound of the minimum.
         lower_bound: lower bound of the minimum.
-        potentials: g of every solve, float64 [J, m].
-        cuts: h [J, K] and <b, g> [J] of every solve.
-        solves: J, how many transport problems were solved.
+        potentials: g that was known or found, float64 [J, m].
+        cuts: h [J, K] and <b, g> [J] of every potential.
+        solves: how many transport problems were solved.
     """
 
     weights: FloatArray
@@ -77,6 +83,8 @@ def nearest_below_level(
     """
     values = cuts.vertex_values() - level
     values /= float(np.abs(values).max()) or 1.0
+    if point.size > _DENSE_SOURCES:
+        return _nearest_by_multipliers(point, values, lower, upper)
     basis = np.asarray(helmert(point.size), dtype=np.float64).T
     sides = np.vstack([-values @ basis, basis, -basis])
     offsets = np.concatenate([values @ point, lower - point, point - upper])
@@ -93,6 +101,39 @@ def nearest_below_level(
     return nearest_mixture(point - basis @ (residual[:-1] / residual[-1]), lower, upper)
 
 
+def _nearest_by_multipliers(
+    point: FloatArray, values: FloatArray, lower: FloatArray, upper: FloatArray
+) -> FloatArray | None:
+    r"""The same projection through its dual, which has one variable a cut: for many sources.
+
+    .. math:: \max_{u \ge 0}\; \min_p \tfrac12 |p - x|^2 + u \cdot V p, \qquad
+              p(u) = \mathrm{proj}(x - V^\top u)
+
+    Source: Lagrange duality; the inner minimum is `nearest_mixture`.
+    """
+
+    def negated(u: FloatArray) -> tuple[float, FloatArray]:
+        p = nearest_mixture(point - u @ values, lower, upper)
+        above = values @ p
+        return -float(0.5 * np.sum((p - point) ** 2) + u @ above), -above
+
+    above = float((values @ point).max())
+    if above <= 0:
+        return point
+    values = values / above
+    answer = minimize(
+        negated,
+        np.zeros(len(values)),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[(0.0, None)] * len(values),
+        options={"maxiter": 500, "ftol": 1e-14, "gtol": _ABOVE / 10},
+    )
+    p = nearest_mixture(point - np.asarray(answer.x) @ values, lower, upper)
+    # Where the dual had not ended, the caller has a point that is surely below the level.
+    return p if float((values @ p).max()) <= _ABOVE else None
+
+
 def optimal_mixture(
     cost: FloatArray,
     source_of_row: npt.ArrayLike,
@@ -101,6 +142,9 @@ def optimal_mixture(
     upper: npt.ArrayLike,
     tolerance: float = 1e-4,
     max_solves: int = 200,
+    *,
+    known: FloatArray | None = None,
+    groups: FloatArray | None = None,
 ) -> BundleResult:
     """Solve min_p F(p), F(p) = OT(sum_k p_k mu_k, nu), with lower <= p <= upper, sum p = 1.
 
@@ -118,6 +162,10 @@ def optimal_mixture(
         upper: [K].
         tolerance: relative gap to reach.
         max_solves: transport problems allowed.
+        known: potentials of a sample of the same problem, float64 [J0, m]; their cuts are taken
+            over these rows, so that few solves remain.
+        groups: W float64 [K, G], columns summing to 1: only mixtures p = W q are allowed, with q on
+            the simplex; `lower` and `upper` are then those of q, [G].
 
     Returns:
         The best mixture, bounds, potentials and cuts.
@@ -127,31 +175,41 @@ def optimal_mixture(
         TransportNotSolved: a solve failed, or `max_solves` did not suffice.
     """
     low, high = checked_bounds(lower, upper)
+    share = np.eye(low.size) if groups is None else groups
     target = distribution(b, "b")
-    source, counts = source_counts(source_of_row, low.size)
+    source, counts = source_counts(source_of_row, len(share))
     if not counts.all():
         raise ValueError(f"source {int(np.argmin(counts))} has no rows")
     negligible = _ZERO * float(np.abs(cost).max(initial=0.0))
-    p = best = nearest_mixture(np.full(low.size, 1.0 / low.size), low, high)
+    q = best = nearest_mixture(np.full(low.size, 1.0 / low.size), low, high)
     upper_bound, lower_bound = np.inf, -np.inf
-    slopes: list[FloatArray] = []
-    potentials: list[FloatArray] = []
+    potentials = np.empty((0, target.size)) if known is None else known
+    slopes = means_per_source(c_transforms(cost, potentials), source, counts)
+    if len(potentials):
+        lower_bound, q = lowest_point(Cuts(slopes @ share, potentials @ target), low, high)
     last: Transport | None = None
     for solves in range(1, max_solves + 1):
-        last = transport(cost, row_weights(p, source), target, last)
-        slopes.append(mean_potential_per_source(last.source_potential, source, low.size))
-        potentials.append(last.target_potential)
+        # A source of weight 1e-17 is rounding, and would bring all its rows into the plan.
+        q = np.where((q < _ROUNDING) & (low <= 0), 0.0, q)
+        last = transport(cost, row_weights(share @ q, source), target, last)
+        slopes = np.vstack(
+            [slopes, means_per_source(last.source_potential[:, None], source, counts)]
+        )
+        potentials = np.vstack([potentials, last.target_potential])
         if last.value < upper_bound:
-            best, upper_bound = p, last.value
-        cuts = Cuts(np.stack(slopes), np.stack(potentials) @ target)
+            best, upper_bound = q, last.value
+        constants = potentials @ target
+        cuts = Cuts(slopes @ share, constants)
         bound, lowest = lowest_point(cuts, low, high)
         lower_bound = max(lower_bound, bound)
         gap = upper_bound - lower_bound
         if gap <= max(tolerance * upper_bound, negligible):
-            return BundleResult(best, upper_bound, lower_bound, np.stack(potentials), cuts, solves)
+            return BundleResult(
+                share @ best, upper_bound, lower_bound, potentials, Cuts(slopes, constants), solves
+            )
         nearest = nearest_below_level(best, cuts, lower_bound + _LEVEL * gap, low, high)
         # Where rounding hides the level set, the lowest point of the cuts is still inside it.
-        p = lowest if nearest is None else nearest
+        q = lowest if nearest is None else nearest
     raise TransportNotSolved(
         f"best mixture after {max_solves} solves: value {upper_bound:.6g}, "
         f"lower bound {lower_bound:.6g}, wanted relative gap {tolerance:g}"

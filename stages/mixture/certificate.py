@@ -19,9 +19,10 @@ from stages.mixture.simplex import (
     IntArray,
     checked_bounds,
     distribution,
+    of_source,
     source_counts,
 )
-from stages.mixture.transport import TransportNotSolved, c_transform
+from stages.mixture.transport import TransportNotSolved, c_transforms
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ def cut_sums(
     potentials: FloatArray,
     metric: Metric,
     n_sources: int,
-    tile_rows: int = 4096,
+    tile_rows: int = 1024,
+    penalty: FloatArray | None = None,
 ) -> CutSums:
     """Sum g_j^c(x) and its square per (source, cut) over one block of rows.
 
@@ -101,6 +103,7 @@ def cut_sums(
         metric: the cost.
         n_sources: K.
         tile_rows: rows per tile; memory is tile_rows * m numbers.
+        penalty: added to the cost of a source's rows, float64 [K, m]; None: nothing.
 
     Returns:
         The sums of this block; they may be of no rows at all.
@@ -118,11 +121,13 @@ def cut_sums(
     squares = np.zeros_like(total)
     for start in range(0, source.size, tile_rows):
         members = source[start : start + tile_rows]
-        cost = cost_matrix(x[start : start + tile_rows], y, metric)
-        for j, g in enumerate(potentials):
-            lowest = c_transform(cost, g)
-            total[:, j] += np.bincount(members, weights=lowest, minlength=n_sources)
-            squares[:, j] += np.bincount(members, weights=lowest**2, minlength=n_sources)
+        tile = cost_matrix(x[start : start + tile_rows], y, metric)
+        if penalty is not None:
+            tile += penalty[members]
+        lowest = c_transforms(tile, potentials)
+        members_of = of_source(members, n_sources)
+        total += members_of @ lowest
+        squares += members_of @ lowest**2
     return CutSums(count, total, squares)
 
 

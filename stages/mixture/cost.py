@@ -60,11 +60,18 @@ def _squared_distances(x: FloatArray, y: FloatArray) -> FloatArray:
     # Distances don't move with the origin; the products lose fewer digits near it.
     centre = y.mean(axis=0) if len(y) else np.zeros(y.shape[1])
     x, y = x - centre, y - centre
-    size = np.einsum("id,id->i", x, x)[:, None] + np.einsum("jd,jd->j", y, y)
-    squared: FloatArray = np.maximum(size - 2.0 * (x @ y.T), 0.0)
-    rows, columns = np.nonzero(squared <= _CLOSE * size)
+    own, other = np.einsum("id,id->i", x, x), np.einsum("jd,jd->j", y, y)
+    squared: FloatArray = x @ y.T
+    squared *= -2.0
+    squared += own[:, None]
+    squared += other
+    np.maximum(squared, 0.0, out=squared)
+    # Few rows have a close pair: one minimum a row spares a mask of the whole matrix.
+    close = _CLOSE * (own + other.max(initial=0.0))
+    near = np.flatnonzero(squared.min(axis=1, initial=np.inf) <= close)
+    rows, columns = np.nonzero(squared[near] <= close[near, None])
     for start in range(0, rows.size, _PAIRS_AT_ONCE):
-        i, j = rows[start : start + _PAIRS_AT_ONCE], columns[start : start + _PAIRS_AT_ONCE]
+        i, j = near[rows[start : start + _PAIRS_AT_ONCE]], columns[start : start + _PAIRS_AT_ONCE]
         squared[i, j] = ((x[i] - y[j]) ** 2).sum(axis=1)
     return squared
 

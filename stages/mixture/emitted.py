@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 from stages.base import ShardedColumns
 from stages.errors import StageError
-from stages.mixture.cost import cost_matrix
-from stages.mixture.problem import FloatArray, target_cloud, vectors_of
+from stages.mixture.problem import target_cloud, vectors_of
 from stages.mixture.settings import MixtureSettings
+from stages.mixture.space import Space, projection_of, task_penalty
 from stages.mixture.transport import TransportNotSolved, transport
+from stages.storage import Store
 
 LARGEST = 8000
 """Emitted lines in the exact solve; more are represented by an even, seeded sample."""
@@ -28,6 +29,7 @@ def emitted_value(
     mixture: Mapping[str, Any],
     settings: MixtureSettings,
     seed: int,
+    store: Store,
 ) -> dict[str, Any]:
     r"""The transport value of what is emitted, and of how many lines it was computed.
 
@@ -44,6 +46,7 @@ def emitted_value(
         mixture: the mixture stage's report.
         settings: the mixture's settings.
         seed: of the recipe.
+        store: the mixture's folder, where its projection is.
 
     Raises:
         StageError: an emitted row has no embedding, or the solver failed.
@@ -64,17 +67,27 @@ def emitted_value(
         mass[anchored] = share / len(anchored)
     used = np.flatnonzero(mass)
     vectors = _vectors(columns, used)
-    cloud = target_cloud(targets, settings.target_rows, seed, settings.task_weights)
+    cloud = target_cloud(
+        targets, settings.target_rows, seed, settings.task_weights, by_task=bool(settings.serves)
+    )
+    names = sorted(set(sources))
+    projection = None
+    if settings.pca is not None:
+        projection = projection_of(store.read_table("projection.parquet"))
+    penalty = task_penalty(names, cloud.tasks, settings.serves, settings.task_cost)
+    space = Space(settings.metric, projection, penalty)
+    number = {name: place for place, name in enumerate(names)}
+    of = np.array([number[sources[row]] for row in used.tolist()], dtype=np.int64)
     try:
-        cost = cost_matrix(vectors, cloud.vectors, settings.metric)
+        cost = space.cost(space.vectors(vectors), of, space.vectors(cloud.vectors))
         value = transport(cost, mass[used], cloud.mass).value
     except (TransportNotSolved, ValueError) as error:
         raise StageError(f"the emitted rows' transport can't be solved: {error}") from error
     return {"value_emitted": value, "value_emitted_lines": len(chosen)}
 
 
-def _vectors(columns: ShardedColumns, wanted: NDArray[np.intp]) -> FloatArray:
-    found: list[FloatArray] = []
+def _vectors(columns: ShardedColumns, wanted: NDArray[np.intp]) -> NDArray[np.float32]:
+    found: list[NDArray[np.float32]] = []
     start = 0
     for table in columns.iter(("id", "embedding")):
         here = wanted[(wanted >= start) & (wanted < start + table.num_rows)] - start

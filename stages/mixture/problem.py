@@ -18,20 +18,21 @@ FloatArray = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class TargetCloud:
-    """Distinct target vectors float64 [m, d], and their mass [m], summing to 1."""
+    """Distinct target vectors float64 [m, d], their mass [m], summing to 1, and a task of each."""
 
     vectors: FloatArray
     mass: FloatArray
+    tasks: list[str]
 
 
-def vectors_of(table: pa.Table) -> FloatArray:
-    """The `embedding` column of rows that have one, float64 [rows, d].
+def vectors_of(table: pa.Table) -> NDArray[np.float32]:
+    """The `embedding` column of rows that have one, float32 [rows, d].
 
     Raises:
         StageError: vectors differ in length, or hold NaN.
     """
     column = table["embedding"].combine_chunks()
-    values: FloatArray = column.flatten().to_numpy(zero_copy_only=False).astype(np.float64)
+    values = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
     if table.num_rows == 0:
         return values.reshape(0, 0)
     if len(values) % table.num_rows or not np.isfinite(values).all():
@@ -39,7 +40,9 @@ def vectors_of(table: pa.Table) -> FloatArray:
     return values.reshape(table.num_rows, -1)
 
 
-def target_cloud(targets: ShardedColumns, rows: int, seed: int, task_weights: str) -> TargetCloud:
+def target_cloud(
+    targets: ShardedColumns, rows: int, seed: int, task_weights: str, *, by_task: bool = False
+) -> TargetCloud:
     """The targets as one weighted cloud; equal vectors are one point with their joint mass.
 
     Args:
@@ -47,6 +50,7 @@ def target_cloud(targets: ShardedColumns, rows: int, seed: int, task_weights: st
         rows: how many target rows to take, those of lowest hash(id, seed).
         seed: of the recipe.
         task_weights: `equal` gives each task the same mass, `proportional` each row.
+        by_task: equal vectors of different tasks stay apart.
 
     Raises:
         StageError: no target row has a vector.
@@ -63,9 +67,14 @@ def target_cloud(targets: ShardedColumns, rows: int, seed: int, task_weights: st
     if task_weights == "equal":
         counts = {task: tasks.count(task) for task in set(tasks)}
         mass = np.array([1 / counts[task] for task in tasks])
-    distinct, place = np.unique(vectors_of(table), axis=0, return_inverse=True)
+    vectors = vectors_of(table).astype(np.float64)
+    numbers = {task: float(place) for place, task in enumerate(sorted(set(tasks)))}
+    label = np.array([[numbers[task] if by_task else 0.0] for task in tasks])
+    distinct, first, place = np.unique(
+        np.hstack([vectors, label]), axis=0, return_index=True, return_inverse=True
+    )
     joint = np.bincount(place.ravel(), weights=mass)
-    return TargetCloud(distinct, joint / joint.sum())
+    return TargetCloud(distinct[:, :-1], joint / joint.sum(), [tasks[i] for i in first.tolist()])
 
 
 def weight_bounds(

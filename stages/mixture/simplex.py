@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy.sparse import csr_array
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -103,8 +104,11 @@ def nearest_mixture(point: FloatArray, lower: FloatArray, upper: FloatArray) -> 
     Returns:
         float64 [K].
     """
-    kinks = np.sort(np.concatenate([lower - point, upper - point]))
-    sums = np.clip(point + kinks[:, None], lower, upper).sum(axis=1)
+    kinks = np.concatenate([lower - point, upper - point])
+    order = np.argsort(kinks, kind="stable")
+    kinks = kinks[order]
+    slopes = np.cumsum(np.repeat([1.0, -1.0], point.size)[order])
+    sums = lower.sum() + np.append(0.0, np.cumsum(slopes[:-1] * np.diff(kinks)))
     tau = float(np.interp(1.0, sums, kinks))
     return np.asarray(np.clip(point + tau, lower, upper), dtype=np.float64)
 
@@ -175,3 +179,25 @@ def row_weights(p: npt.ArrayLike, source: npt.ArrayLike) -> FloatArray:
     for k in np.flatnonzero((counts == 0) & (weights > 0)):
         raise ValueError(f"source {k} has weight {weights[k]} and no rows")
     return distribution((weights / np.maximum(counts, 1))[s], "row weights")
+
+
+def means_per_source(values: FloatArray, source: IntArray, counts: IntArray) -> FloatArray:
+    r"""Means over the rows of each source: :math:`\frac{1}{n_k} \sum_{i \in S_k} v_{ij}`.
+
+    Source: definition of the expectation under mu_k.
+
+    Args:
+        values: float64 [n, J].
+        source: int64 [n].
+        counts: int64 [K], n_k, none 0.
+
+    Returns:
+        float64 [J, K].
+    """
+    return np.asarray((of_source(source, counts.size) @ values / counts[:, None]).T)
+
+
+def of_source(source: IntArray, n_sources: int) -> csr_array:
+    """Which rows a source has: [K, n], 1 where row i is of source k; times values it sums them."""
+    places = (source, np.arange(source.size))
+    return csr_array((np.ones(source.size), places), (n_sources, source.size))

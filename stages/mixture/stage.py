@@ -1,42 +1,61 @@
 """The mixture stage: weights of sources that bring what is emitted near the targets, certified.
 
-A sample of every source is solved to optimality; the duals of all its solves then bound the optimum
-over every row from below (`certificate`), and fresh rows estimate the value from above. While the
-two are too far apart the sample grows.
+Whatever the weights are chosen by, what they cost in transport over all rows is estimated, and a
+bound that no weights can go below is proven (`certified`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from stages.base import Columns, Outcome, ShardedColumns
 from stages.errors import StageError
-from stages.mixture.bundle import BundleResult, optimal_mixture
-from stages.mixture.certificate import (
-    CutSums,
-    certified_lower_bound,
-    cut_sums,
-    full_cuts,
-    near_optimal_ranges,
+from stages.mixture.certificate import near_optimal_ranges
+from stages.mixture.certified import (
+    Certified,
+    Problem,
+    certified_mixture,
+    estimated_value,
+    first_draws,
+    nearest_over_all_rows,
+    relative_gap,
 )
-from stages.mixture.cost import Metric, cost_matrix
-from stages.mixture.energy import energy_mixture
-from stages.mixture.problem import TargetCloud, target_cloud, vectors_of, weight_bounds
+from stages.mixture.cuts import Cuts, lowest_point
+from stages.mixture.debiased import debiased_mixture, halves
+from stages.mixture.energy import EnergySums, energy_mixture, energy_ranges, energy_sums
+from stages.mixture.figures import map_table, weight_curves
+from stages.mixture.problem import TargetCloud, target_cloud, weight_bounds
+from stages.mixture.sample import Rows
 from stages.mixture.settings import MixtureSettings
-from stages.mixture.transport import TransportNotSolved, transport
-from stages.rows import key_hash
+from stages.mixture.simplex import FloatArray, nearest_mixture
+from stages.mixture.space import Projection, Space, principal_projection, task_penalty
+from stages.mixture.transport import TransportNotSolved
+from stages.mixture.weightings import (
+    chameleon_weights,
+    kept_in_proportion,
+    neighbour_shares,
+    proportional_weights,
+    uniform_weights,
+)
 from stages.storage import Store
 
-FloatArray = NDArray[np.float64]
-_FRESH_DRAWS = 4
-_EXACT_ENTRIES = 4_000_000
-"""Largest cost matrix over all rows that is solved exactly: seconds, and some 100 MB."""
+_ENERGY_ROWS = 6400
+"""Rows in the energy distance's sample, whose pairs are all taken."""
+
+_ENERGY_SOURCES = 200
+"""Sources up to which the energy mixture is solved: its quadratic programme is dense."""
+
+_HALF_ROWS = 2000
+"""Rows in each half of a debiased problem, which are transported onto each other."""
+
+_BLOCKS = 8
+_OUTSIDE = 0.02
+"""How far from the energy mixture's range a weight is when it counts as outside."""
 
 
 @dataclass(frozen=True)
@@ -57,19 +76,19 @@ class Supply:
 
 
 @dataclass(frozen=True)
-class KeptRows:
-    """Ids, sources and vectors of the kept rows of one shard."""
+class Chosen:
+    """Weights, float64 [K]; what is uncertain about them, float64 [K, 2] or None; more to say."""
 
-    ids: list[str]
-    source: NDArray[np.int64]
-    vectors: FloatArray
+    weights: FloatArray
+    ranges: FloatArray | None
+    notes: Mapping[str, Any]
 
 
 class MixtureStage:
-    r"""Minimises :math:`\mathrm{OT}(\sum_k p_k \mu_k, \nu)` over the weights p."""
+    r"""Weights of sources, by :math:`\mathrm{OT}(\sum_k p_k \mu_k, \nu)` or another measure."""
 
     name = "mixture"
-    version = 1
+    version = 2
 
     def __init__(self, settings: MixtureSettings, supply: Supply, seed: int) -> None:
         """Keep the settings, what may be emitted, and the seed."""
@@ -93,7 +112,11 @@ class MixtureStage:
         available = _available(decisions, self._supply)
         sources = sorted(available)
         cloud = target_cloud(
-            targets, self.settings.target_rows, self._seed, self.settings.task_weights
+            targets,
+            self.settings.target_rows,
+            self._seed,
+            self.settings.task_weights,
+            by_task=bool(self.settings.serves),
         )
         anchored = {name: available[name] for name in sources if name in self._supply.anchors}
         pool = {name: amount for name, amount in available.items() if name not in anchored}
@@ -106,34 +129,42 @@ class MixtureStage:
             self.settings.caps,
             anchored,
         )
+        self._check_names(sources, cloud)
         try:
-            report = self._solved(columns, decisions, sources, cloud, lower, upper)
+            problem, projection = self._problem(columns, decisions, sources, cloud, lower, upper)
+            report, figures = self._solved(problem, lower, upper, available, anchored)
         except (TransportNotSolved, ValueError) as error:
             raise StageError(f"the mixture can't be solved: {error}", stage=self.name) from error
-        weights = {name: value for name, value in report["weights"].items() if name not in anchored}
-        emitted = sum(weights.values())
-        report["weights"] = {name: value / emitted for name, value in weights.items()}
-        for key in ("ranges", "caps", "energy_weights"):
-            report[key] = {
-                name: (np.asarray(report[key][name]) / emitted).tolist() for name in weights
-            }
-        report["anchors"] = {name: anchored[name] for name in sorted(anchored)}
-        report["available"] = available
-        report["unit"] = self._supply.unit
-        report["budget"] = self._supply.budget
-        table = pa.table(
-            {
-                "source": list(report["weights"]),
-                "weight": list(report["weights"].values()),
-                "low": [report["ranges"][name][0] for name in report["weights"]],
-                "high": [report["ranges"][name][1] for name in report["weights"]],
-                "cap": [report["caps"][name] for name in report["weights"]],
-                "available": [available[name] for name in report["weights"]],
-            }
-        )
-        return Outcome({"weights.parquet": table}, report)
+        report |= {
+            "anchors": {name: anchored[name] for name in sorted(anchored)},
+            "available": available,
+            "unit": self._supply.unit,
+            "budget": self._supply.budget,
+        }
+        tables = {"weights.parquet": _weights_table(report), **figures}
+        if projection is not None:
+            report["pca_variance"] = projection.share
+            tables["projection.parquet"] = projection.table()
+        return Outcome(tables, report)
 
-    def _solved(
+    def _check_names(self, sources: list[str], cloud: TargetCloud) -> None:
+        """Every task that a source serves is a target's, and every kept source is there."""
+        for name, tasks in self.settings.serves.items():
+            unknown = sorted(set(tasks) - set(cloud.tasks))
+            if unknown:
+                raise StageError(
+                    f"mixture.serves.{name} names the task {unknown[0]!r}; the targets have "
+                    f"{', '.join(sorted(set(cloud.tasks)))}",
+                    stage=self.name,
+                )
+        gone = sorted(set(self.settings.keep) - set(sources))
+        if gone:
+            raise StageError(
+                f"mixture.keep names the source {gone[0]!r}, of which no row is kept; take it out",
+                stage=self.name,
+            )
+
+    def _problem(
         self,
         columns: ShardedColumns,
         decisions: pa.Table,
@@ -141,131 +172,276 @@ class MixtureStage:
         cloud: TargetCloud,
         lower: FloatArray,
         upper: FloatArray,
-    ) -> dict[str, Any]:
+    ) -> tuple[Problem, Projection | None]:
         settings = self.settings
-        size = settings.rows_per_source
-        trace: list[dict[str, float]] = []
-        while True:
-            draws = _draws(columns, decisions, sources, size, self._seed)
-            x, source = draws[0]
-            cost = cost_matrix(x, cloud.vectors, settings.metric)
-            bundle = optimal_mixture(
-                cost, source, cloud.mass, lower, upper, settings.bundle_tolerance
-            )
-            sums = self._sums(columns, decisions, sources, cloud, bundle)
-            bound, _ = certified_lower_bound(sums, bundle.potentials, cloud.mass, lower, upper)
-            estimate, half, how = self._upper_estimate(
-                columns, decisions, sources, cloud, bundle, draws[1:]
-            )
-            gap = (estimate - bound) / max(abs(bound), 1e-12)
-            trace.append({"rows_per_source": size, "lower_bound": bound, "estimate": estimate})
-            largest = int(sums.count.max())
-            if gap <= settings.tolerance or size >= min(settings.max_rows_per_source, largest):
-                break
-            size = min(size * 2, settings.max_rows_per_source)
-        energy = energy_mixture(x, source, cloud.vectors, cloud.mass, lower, upper, settings.metric)
-        cuts = full_cuts(sums, bundle.potentials, cloud.mass)
-        ranges = near_optimal_ranges(cuts, lower, upper, settings.range_slack)
-        return {
-            "weights": dict(zip(sources, bundle.weights.tolist(), strict=True)),
-            "value_sample": bundle.value,
-            "sample_lower_bound": bundle.lower_bound,
-            "lower_bound": bound,
-            "upper_estimate": estimate,
-            "upper_interval": [estimate - half, estimate + half],
-            "upper_from": how,
+        penalty = task_penalty(sources, cloud.tasks, settings.serves, settings.task_cost)
+        groups = np.eye(len(sources))
+        if settings.keep:
+            groups, lower, upper = kept_in_proportion(sources, settings.keep, lower, upper)
+        problem = Problem(
+            columns,
+            decisions,
+            sources,
+            cloud.vectors,
+            cloud.mass,
+            Space(settings.metric, None, penalty),
+            groups,
+            lower,
+            upper,
+            self._seed,
+        )
+        if settings.pca is None:
+            return problem, None
+        sample = first_draws(problem, settings.rows_per_source)[0]
+        projection = principal_projection(sample.vectors, cloud.vectors, cloud.mass, settings.pca)
+        space = Space(settings.metric, projection, penalty)
+        return replace(problem, space=space, y=space.vectors(cloud.vectors)), projection
+
+    def _solved(
+        self,
+        problem: Problem,
+        lower: FloatArray,
+        upper: FloatArray,
+        available: Mapping[str, float],
+        anchored: Mapping[str, float],
+    ) -> tuple[dict[str, Any], dict[str, pa.Table]]:
+        """The report, weights as shares of what is emitted, and what to draw."""
+        settings = self.settings
+        certified = certified_mixture(
+            problem,
+            settings.rows_per_source,
+            settings.max_rows_per_source,
+            settings.tolerance,
+            settings.bundle_tolerance,
+        )
+        cuts = certified.cuts(problem.b)
+        grouped = Cuts(cuts.slopes @ problem.groups, cuts.constants)
+        near = problem.groups @ near_optimal_ranges(
+            grouped, problem.lower, problem.upper, settings.range_slack
+        )
+        energy = self._energy_sums(problem, certified.sample)
+        by_energy = energy_near = None
+        if energy is not None:
+            penalty = _mean_penalty(problem)
+            by_energy = energy_mixture(energy, lower, upper, penalty).weights
+            if len(energy.mass) > 1:
+                energy_near = energy_ranges(energy, by_energy, lower, upper, penalty)
+        chosen = self._chosen(
+            problem, certified, near, by_energy, energy_near, lower, upper, available, anchored
+        )
+        estimate = certified.estimate
+        if settings.method != "transport":
+            draws = [certified.sample, *certified.fresh]
+            start = certified.bundle.potentials[-1]
+            estimate = estimated_value(problem, draws, chosen.weights, start)
+        gap = relative_gap(estimate.value, certified.lower_bound)
+        emitted = 1.0 - sum(
+            float(upper[place]) for place, name in enumerate(problem.sources) if name in anchored
+        )
+        shares = _Shares(problem.sources, frozenset(anchored), emitted)
+        report: dict[str, Any] = {
+            "method": settings.method,
+            "weights": shares.of(chosen.weights),
+            "ranges": shares.of(chosen.ranges),
+            "caps": shares.of(upper),
+            "lower_bound": certified.lower_bound,
+            "upper_estimate": estimate.value,
+            "upper_interval": [
+                estimate.value - estimate.half_width,
+                estimate.value + estimate.half_width,
+            ],
+            "upper_from": estimate.source,
             "gap": gap,
             "tolerance": settings.tolerance,
             "certified": bool(gap <= settings.tolerance),
-            "ranges": dict(zip(sources, ranges.tolist(), strict=True)),
-            "caps": dict(zip(sources, upper.tolist(), strict=True)),
-            "energy_weights": dict(zip(sources, energy.weights.tolist(), strict=True)),
-            "rows_per_source": size,
-            "rows": dict(zip(sources, sums.count.tolist(), strict=True)),
-            "solves": bundle.solves,
-            "target_points": len(cloud.mass),
-            "trace": trace,
+            "value_sample": certified.bundle.value,
+            "sample_lower_bound": certified.bundle.lower_bound,
+            "transport_weights": shares.of(certified.bundle.weights),
+            "transport_ranges": shares.of(near),
+            "transport_estimate": certified.estimate.value,
+            "energy_weights": shares.of(by_energy),
+            "energy_ranges": shares.of(energy_near),
+            "rows_per_source": certified.size,
+            "rows": dict(zip(problem.sources, certified.sums.count.tolist(), strict=True)),
+            "solves": certified.bundle.solves,
+            "target_points": len(problem.b),
+            "stopped": certified.stopped,
+            "trace": certified.trace,
+            **chosen.notes,
+        }
+        if energy is not None and by_energy is not None:
+            report |= _shrinkage(energy, certified.bundle.weights, by_energy, energy_near)
+        if settings.keep:
+            free, _ = lowest_point(cuts, lower, upper)
+            report["free_lower_bound"] = free
+            report["loss_of_keeping"] = relative_gap(estimate.value, free)
+        curves = weight_curves(cuts, problem.sources, certified.bundle.weights, lower, upper)
+        sample = certified.sample
+        vectors = problem.space.vectors(sample.vectors)
+        points = map_table(vectors, sample.source, problem.sources, problem.y, problem.b)
+        return report, {"curves.parquet": curves, "map.parquet": points}
+
+    def _chosen(
+        self,
+        problem: Problem,
+        certified: Certified,
+        near: FloatArray,
+        by_energy: FloatArray | None,
+        energy_near: FloatArray | None,
+        lower: FloatArray,
+        upper: FloatArray,
+        available: Mapping[str, float],
+        anchored: Mapping[str, float],
+    ) -> Chosen:
+        """The weights by the method asked for, within the bounds."""
+        settings = self.settings
+        if settings.method == "transport":
+            return Chosen(certified.bundle.weights, near, {})
+        if settings.method == "energy":
+            if by_energy is None:
+                raise ValueError(
+                    "method: energy needs two rows of each source, two different target points and "
+                    f"at most {_ENERGY_SOURCES} sources; set method: transport"
+                )
+            return Chosen(by_energy, energy_near, {})
+        if settings.method == "debiased":
+            return self._debiased(problem, certified, by_energy, lower, upper)
+        sample = certified.sample
+        n_sources = len(problem.sources)
+        if settings.method == "nearest":
+            found = nearest_over_all_rows(problem, settings.neighbours)
+            shares = neighbour_shares(found, problem.b, n_sources)
+        elif settings.method == "chameleon":
+            shares = chameleon_weights(
+                problem.space.vectors(sample.vectors),
+                sample.source,
+                np.bincount(sample.source, minlength=n_sources),
+                settings.chameleon_ridge,
+                settings.chameleon_temperature,
+            )
+        elif settings.method == "uniform":
+            shares = uniform_weights(n_sources)
+        else:
+            shares = proportional_weights([available[name] for name in problem.sources])
+        # Anchors' weights are fixed: the shares are of the others, and fill what is left.
+        free = np.array([name not in anchored for name in problem.sources])
+        if not shares[free].sum():
+            raise ValueError(f"method: {settings.method} gives only anchors a share")
+        wanted = np.where(free, shares / shares[free].sum() * (1 - lower[~free].sum()), lower)
+        return Chosen(nearest_mixture(wanted, lower, upper), None, {})
+
+    def _debiased(
+        self,
+        problem: Problem,
+        certified: Certified,
+        by_energy: FloatArray | None,
+        lower: FloatArray,
+        upper: FloatArray,
+    ) -> Chosen:
+        """The mean over both orders of the halves, of the sample and of a fresh one."""
+        n_sources = len(problem.sources)
+        uniform = nearest_mixture(np.full(n_sources, 1 / n_sources), lower, upper)
+        starts = [uniform, certified.bundle.weights]
+        if by_energy is not None:
+            starts.append(by_energy)
+        most = max(2, 2 * _HALF_ROWS // n_sources)
+        found = []
+        for rows in [certified.sample, *certified.fresh[:1]]:
+            rows = _first_of_each(rows, most, n_sources)
+            one, other = halves(problem.space.vectors(rows.vectors), rows.source, n_sources)
+            for sample in ((one, other), (other, one)):
+                found.append(
+                    debiased_mixture(
+                        sample,
+                        problem.y,
+                        problem.b,
+                        lower,
+                        upper,
+                        problem.space,
+                        starts,
+                        self.settings.bundle_tolerance,
+                    ).weights
+                )
+        weights = np.stack(found)
+        ranges = np.column_stack([weights.min(axis=0), weights.max(axis=0)])
+        return Chosen(weights.mean(axis=0), ranges, {"debiased_samples": len(found)})
+
+    def _energy_sums(self, problem: Problem, sample: Rows) -> EnergySums | None:
+        """Sums over the sample; None where it or the targets are too few for pairs."""
+        n_sources = len(problem.sources)
+        most = max(2, _ENERGY_ROWS // n_sources)
+        rows = _first_of_each(sample, most, n_sources)
+        fewest = int(np.bincount(rows.source, minlength=n_sources).min())
+        if n_sources > _ENERGY_SOURCES or fewest < 2 or len(problem.b) < 2:
+            return None
+        blocks = _BLOCKS if min(fewest, len(problem.b)) >= 4 else 1
+        return energy_sums(
+            problem.space.vectors(rows.vectors),
+            rows.source,
+            problem.y,
+            problem.b,
+            problem.space.metric,
+            n_sources,
+            blocks,
+        )
+
+
+@dataclass(frozen=True)
+class _Shares:
+    """Arrays over sources as shares of what is emitted, by name, without anchors."""
+
+    sources: Any
+    anchors: frozenset[str]
+    emitted: float
+
+    def of(self, values: FloatArray | None) -> dict[str, Any] | None:
+        if values is None:
+            return None
+        return {
+            name: (np.asarray(value) / self.emitted).tolist()
+            for name, value in zip(self.sources, values, strict=True)
+            if name not in self.anchors
         }
 
-    def _upper_estimate(
-        self,
-        columns: ShardedColumns,
-        decisions: pa.Table,
-        sources: list[str],
-        cloud: TargetCloud,
-        bundle: BundleResult,
-        fresh: list[tuple[FloatArray, NDArray[np.int64]]],
-    ) -> tuple[float, float, str]:
-        """The mixture's value over all rows: exact where that fits, else the mean over fresh rows.
 
-        A subsample's value lies above the full one on average (F is convex in the measures), so the
-        estimate errs on the safe side.
-        """
-        fits = int(decisions.num_rows) * len(cloud.mass) <= _EXACT_ENTRIES
-        if fits or not fresh:
-            kept = list(_kept_rows(columns, decisions, sources))
-            vectors = np.concatenate([rows.vectors for rows in kept])
-            source = np.concatenate([rows.source for rows in kept])
-            value = mixture_value(vectors, source, bundle.weights, cloud, self.settings.metric)
-            return value, 0.0, "all rows, exactly"
-        values = [
-            mixture_value(vectors, of, bundle.weights, cloud, self.settings.metric)
-            for vectors, of in fresh
-        ]
-        return (*_mean_and_half_width(values), "fresh rows")
-
-    def _sums(
-        self,
-        columns: ShardedColumns,
-        decisions: pa.Table,
-        sources: list[str],
-        cloud: TargetCloud,
-        bundle: BundleResult,
-    ) -> CutSums:
-        """The saved potentials over every kept row of every shard."""
-        total: CutSums | None = None
-        for rows in _kept_rows(columns, decisions, sources):
-            sums = cut_sums(
-                rows.vectors,
-                rows.source,
-                cloud.vectors,
-                bundle.potentials,
-                self.settings.metric,
-                len(sources),
-            )
-            total = sums if total is None else total + sums
-        if total is None:
-            raise StageError("no kept row has an embedding", stage=self.name)
-        return total
+def _shrinkage(
+    energy: EnergySums, transport: FloatArray, by_energy: FloatArray, ranges: FloatArray | None
+) -> dict[str, Any]:
+    """Whether transport prefers narrow sources: see docs/mixture.md for the rule."""
+    spread = np.diagonal(energy.statistics()[1])
+    spreads = {"transport": float(transport @ spread), "energy": float(by_energy @ spread)}
+    if ranges is None:
+        return {"spread": spreads, "shrinkage": None}
+    outside = (transport < ranges[:, 0] - _OUTSIDE) | (transport > ranges[:, 1] + _OUTSIDE)
+    narrower = spreads["transport"] < spreads["energy"]
+    return {"spread": spreads, "shrinkage": bool(outside.any()) and narrower}
 
 
-def mixture_value(
-    vectors: FloatArray,
-    source: NDArray[np.int64],
-    weights: FloatArray,
-    cloud: TargetCloud,
-    metric: Metric,
-) -> float:
-    r"""The transport value of a mixture on given rows.
+def _mean_penalty(problem: Problem) -> FloatArray | None:
+    penalty = problem.space.penalty
+    return None if penalty is None else np.asarray(penalty @ problem.b)
 
-    .. math::
-        F(p) = \mathrm{OT}\Bigl(\sum_k p_k \tfrac{1}{n_k} \sum_{i \in S_k} \delta_{x_i}, \nu\Bigr)
 
-    Args:
-        vectors: float64 [n, d].
-        source: integers [n].
-        weights: p, float64 [K].
-        cloud: the targets.
-        metric: the cost.
+def _first_of_each(rows: Rows, most: int, n_sources: int) -> Rows:
+    """At most this many rows of each source, the first ones."""
+    places = [np.flatnonzero(rows.source == number)[:most] for number in range(n_sources)]
+    chosen = np.concatenate(places)
+    return Rows(rows.vectors[chosen], rows.source[chosen])
 
-    Raises:
-        TransportNotSolved: the solver stopped before the optimum.
-    """
-    counts = np.bincount(source, minlength=len(weights))
-    mass = weights[source] / counts[source]
-    used = mass > 0
-    cost = cost_matrix(vectors[used], cloud.vectors, metric)
-    return transport(cost, mass[used] / mass[used].sum(), cloud.mass).value
+
+def _weights_table(report: Mapping[str, Any]) -> pa.Table:
+    names = list(report["weights"])
+    ranges = report["ranges"] or {name: [None, None] for name in names}
+    return pa.table(
+        {
+            "source": pa.array(names, pa.string()),
+            "weight": pa.array([report["weights"][name] for name in names], pa.float64()),
+            "low": pa.array([ranges[name][0] for name in names], pa.float64()),
+            "high": pa.array([ranges[name][1] for name in names], pa.float64()),
+            "cap": pa.array([report["caps"][name] for name in names], pa.float64()),
+            "available": pa.array([report["available"][name] for name in names], pa.float64()),
+        }
+    )
 
 
 def _available(decisions: pa.Table, supply: Supply) -> dict[str, float]:
@@ -277,93 +453,3 @@ def _available(decisions: pa.Table, supply: Supply) -> dict[str, float]:
         if keep or source in supply.anchors:
             amounts[source] = amounts.get(source, 0) + (tokens if supply.unit == "tokens" else 1)
     return {name: float(amount) for name, amount in amounts.items()}
-
-
-def _kept_rows(
-    columns: ShardedColumns, decisions: pa.Table, sources: list[str]
-) -> list[KeptRows] | Any:
-    """Kept (and anchor) rows that have a vector, shard by shard."""
-    number = {name: place for place, name in enumerate(sources)}
-    start = 0
-    for table in columns.iter(("id", "embedding")):
-        part = decisions.slice(start, table.num_rows)
-        start += table.num_rows
-        if part["id"].to_pylist() != table["id"].to_pylist():
-            raise StageError(
-                "selection's decisions are of other rows than the embeddings; run again with "
-                "--restart-from selection",
-                stage="mixture",
-            )
-        wanted = [
-            place
-            for place, (keep, source, reason, valid) in enumerate(
-                zip(
-                    part["keep"].to_pylist(),
-                    part["source"].to_pylist(),
-                    part["reason"].to_pylist(),
-                    table["embedding"].is_valid().to_pylist(),
-                    strict=True,
-                )
-            )
-            if (keep or reason == "anchor") and source in number and valid
-        ]
-        places = pa.array(wanted, pa.int64())
-        kept = table.take(places)
-        names = part["source"].take(places).to_pylist()
-        if kept.num_rows:
-            yield KeptRows(
-                kept["id"].to_pylist(), np.array([number[n] for n in names]), vectors_of(kept)
-            )
-
-
-def _draws(
-    columns: ShardedColumns, decisions: pa.Table, sources: list[str], size: int, seed: int
-) -> list[tuple[FloatArray, NDArray[np.int64]]]:
-    """Disjoint samples of `size` rows a source, by hash: the one to solve, then fresh ones.
-
-    A source with fewer rows than the sample gives all of them to every draw, which is exact.
-    """
-    keys: list[list[tuple[int, FloatArray]]] = [[] for _ in sources]
-    most = size * (1 + _FRESH_DRAWS)
-    for rows in _kept_rows(columns, decisions, sources):
-        for row, source, vector in zip(rows.ids, rows.source.tolist(), rows.vectors, strict=True):
-            keys[source].append((key_hash(row, seed), vector))
-        for source, found in enumerate(keys):
-            if len(found) > 2 * most:
-                keys[source] = sorted(found, key=lambda pair: pair[0])[:most]
-    empty = [name for name, found in zip(sources, keys, strict=True) if not found]
-    if empty:
-        raise StageError(f"source {empty[0]} has no kept row with an embedding", stage="mixture")
-    ordered = [[vector for _, vector in sorted(found, key=lambda pair: pair[0])] for found in keys]
-    draws = []
-    for draw in range(1 + _FRESH_DRAWS):
-        x: list[FloatArray] = []
-        of: list[int] = []
-        fresh = draw == 0
-        for source, vectors in enumerate(ordered):
-            mine = vectors[draw * size : (draw + 1) * size]
-            if len(vectors) <= size:
-                mine = vectors
-            elif len(mine) < min(size, len(vectors) // 2):
-                break
-            else:
-                fresh = True
-            x += mine
-            of += [source] * len(mine)
-        else:
-            if fresh:
-                draws.append((np.array(x), np.array(of)))
-                continue
-        break
-    return draws
-
-
-def _mean_and_half_width(values: list[float]) -> tuple[float, float]:
-    """Mean, and half of its 95 % interval by Student's t (0 for a single value)."""
-    from scipy.stats import t
-
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return mean, 0.0
-    error = float(np.std(values, ddof=1)) / len(values) ** 0.5
-    return mean, float(t.ppf(0.975, len(values) - 1)) * error

@@ -1,0 +1,306 @@
+"""Transport-optimal weights from a sample, with a bound over every row of every shard.
+
+A sample of every source is solved to optimality. The potentials of all its solves, and the mean of
+those that fresh samples give at the weights found, then bound the optimum over all rows from below,
+and the fresh samples estimate the value from above. While the two are too far apart the sample
+grows, and starts from what the smaller one found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+
+from stages.base import ShardedColumns
+from stages.mixture.bundle import BundleResult, optimal_mixture
+from stages.mixture.certificate import CutSums, cut_sums, full_cuts
+from stages.mixture.cuts import Cuts, lowest_point
+from stages.mixture.sample import FRESH_DRAWS, Rows, draws_of, kept_rows, lowest_rows
+from stages.mixture.simplex import FloatArray, row_weights
+from stages.mixture.space import Space
+from stages.mixture.transport import Transport, c_transform, transport
+from stages.mixture.weightings import Neighbours, nearest_rows
+
+_SAMPLE_ENTRIES = 32_000_000
+"""Largest cost matrix of a sample: 256 MB, and some three times that while it is solved."""
+
+_EXACT_ENTRIES = 4_000_000
+"""Largest cost matrix over all rows that is solved exactly: seconds, and some 100 MB."""
+
+_GROWTH = 4
+
+Stopped = Literal["tolerance", "all rows", "max_rows_per_source", "memory"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is to be mixed, and within which bounds.
+
+    Attributes:
+        columns: id, embedding of all rows.
+        decisions: id, source, keep, reason of all rows.
+        sources: K names, in the order of their numbers.
+        y: target points as `space` gives them, float64 [m, r].
+        b: their mass, float64 [m], sum 1.
+        space: how vectors are compared.
+        groups: W float64 [K, G]: mixtures p = W q.
+        lower: of q, float64 [G].
+        upper: of q, float64 [G].
+        seed: of the recipe.
+    """
+
+    columns: ShardedColumns
+    decisions: pa.Table
+    sources: Sequence[str]
+    y: FloatArray
+    b: FloatArray
+    space: Space
+    groups: FloatArray
+    lower: FloatArray
+    upper: FloatArray
+    seed: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The transport value of weights over all rows, seen from samples.
+
+    Attributes:
+        value: mean over the samples; of all rows where `exact`.
+        half_width: half of its 95 % interval, 0 where exact or of one sample.
+        source: what it was computed from.
+        potentials: target potentials, float64 [draws, m].
+    """
+
+    value: float
+    half_width: float
+    source: Literal["all rows, exactly", "fresh rows", "the solved sample"]
+    potentials: FloatArray
+
+
+@dataclass(frozen=True)
+class Certified:
+    """Weights and what is proven of them.
+
+    Attributes:
+        bundle: the solved sample; its weights are the answer.
+        sample: the rows of the solved sample, as `Problem.space` gives them.
+        fresh: samples that it didn't see.
+        estimate: of the value over all rows.
+        potentials: g of every cut, float64 [J, m].
+        sums: of every cut over all rows.
+        lower_bound: of the value over all rows and all allowed mixtures.
+        size: rows of each source in the solved sample.
+        stopped: why the sample grew no further.
+        trace: size, bound and estimate of every sample.
+    """
+
+    bundle: BundleResult
+    sample: Rows
+    fresh: list[Rows]
+    estimate: Estimate
+    potentials: FloatArray
+    sums: CutSums
+    lower_bound: float
+    size: int
+    stopped: Stopped
+    trace: list[dict[str, float]]
+
+    def cuts(self, b: FloatArray) -> Cuts:
+        """The cuts over all rows; b is the targets' mass."""
+        return full_cuts(self.sums, self.potentials, b)
+
+
+def relative_gap(value: float, bound: float) -> float:
+    """How far a value can be above the least one, as a share of its bound."""
+    return (value - bound) / max(abs(bound), 1e-12)
+
+
+def first_draws(problem: Problem, size: int) -> list[Rows]:
+    """The sample of `size` rows a source, and fresh ones, as the problem's space gives them."""
+    lowest = lowest_rows(
+        problem.columns,
+        problem.decisions,
+        problem.sources,
+        size * (1 + FRESH_DRAWS),
+        problem.seed,
+    )
+    return draws_of(lowest, size)
+
+
+def certified_mixture(
+    problem: Problem,
+    rows_per_source: int,
+    max_rows_per_source: int,
+    tolerance: float,
+    bundle_tolerance: float,
+) -> Certified:
+    """Minimise transport over the sources' weights, with a bound that holds for all rows.
+
+    Args:
+        problem: what is to be mixed.
+        rows_per_source: rows of each source in the first sample.
+        max_rows_per_source: in the last one.
+        tolerance: relative gap between estimate and bound to reach.
+        bundle_tolerance: relative gap of each sample's own optimum.
+
+    Raises:
+        StageError: a source has no rows, or decisions are of other rows.
+        TransportNotSolved: a solver stopped early.
+        ValueError: the bounds are infeasible.
+    """
+    in_memory = max(2, _SAMPLE_ENTRIES // (len(problem.sources) * len(problem.b)))
+    limit = min(max_rows_per_source, in_memory)
+    size = min(rows_per_source, limit)
+    known: FloatArray | None = None
+    trace: list[dict[str, float]] = []
+    while True:
+        draws = first_draws(problem, size)
+        rows = draws[0]
+        bundle = optimal_mixture(
+            problem.space.cost(problem.space.vectors(rows.vectors), rows.source, problem.y),
+            rows.source,
+            problem.b,
+            problem.lower,
+            problem.upper,
+            bundle_tolerance,
+            known=known,
+            groups=problem.groups,
+        )
+        estimate = estimated_value(problem, draws, bundle.weights, bundle.potentials[-1])
+        # A mean of potentials is one with less noise than each: the dual value is concave in it.
+        potentials = np.vstack([bundle.potentials, estimate.potentials.mean(axis=0)])
+        sums = sums_over_all_rows(problem, potentials)
+        cuts = full_cuts(sums, potentials, problem.b)
+        grouped = Cuts(cuts.slopes @ problem.groups, cuts.constants)
+        bound, _ = lowest_point(grouped, problem.lower, problem.upper)
+        trace.append({"rows_per_source": size, "lower_bound": bound, "estimate": estimate.value})
+        stopped: Stopped | None = None
+        if relative_gap(estimate.value, bound) <= tolerance:
+            stopped = "tolerance"
+        elif size >= int(sums.count.max()):
+            stopped = "all rows"
+        elif size >= limit:
+            stopped = "max_rows_per_source" if limit == max_rows_per_source else "memory"
+        if stopped is not None:
+            return Certified(
+                bundle, rows, draws[1:], estimate, potentials, sums, bound, size, stopped, trace
+            )
+        known = potentials
+        size = min(size * _GROWTH, limit)
+
+
+def estimated_value(
+    problem: Problem, draws: Sequence[Rows], weights: FloatArray, start: FloatArray
+) -> Estimate:
+    """What weights cost over all rows: exactly where that fits, else the mean over fresh samples.
+
+    A sample that the weights weren't fitted to costs more than all rows on average (the value is
+    convex in the sources' measures), so the estimate errs on the safe side.
+
+    Args:
+        problem: what is mixed.
+        draws: the sample that the weights were fitted to, and fresh ones.
+        weights: float64 [K].
+        start: potential to start from, float64 [m].
+    """
+    if problem.decisions.num_rows * len(problem.b) <= _EXACT_ENTRIES:
+        whole = lowest_rows(
+            problem.columns, problem.decisions, problem.sources, problem.decisions.num_rows,
+            problem.seed,
+        ).rows  # fmt: skip
+        solved = value_on(problem, whole, weights, start)
+        return Estimate(solved.value, 0.0, "all rows, exactly", solved.target_potential[None])
+    tried = draws[1:] or draws
+    answers = [value_on(problem, rows, weights, start) for rows in tried]
+    potentials = np.stack([answer.target_potential for answer in answers])
+    mean, half = _mean_and_half_width([answer.value for answer in answers])
+    return Estimate(mean, half, "fresh rows" if draws[1:] else "the solved sample", potentials)
+
+
+def value_on(problem: Problem, rows: Rows, weights: FloatArray, start: FloatArray) -> Transport:
+    r"""The transport of a mixture on given rows.
+
+    .. math::
+        F(p) = \mathrm{OT}\Bigl(\sum_k p_k \tfrac{1}{n_k} \sum_{i \in S_k} \delta_{x_i}, \nu\Bigr)
+
+    Args:
+        problem: what is mixed.
+        rows: of every source.
+        weights: p, float64 [K].
+        start: potential to start from, float64 [m].
+
+    Raises:
+        TransportNotSolved: the solver stopped before the optimum.
+    """
+    mass = row_weights(weights, rows.source)
+    used = mass > 0
+    vectors = problem.space.vectors(rows.vectors[used])
+    cost = problem.space.cost(vectors, rows.source[used], problem.y)
+    warm = Transport(0.0, c_transform(cost, start), start)
+    return transport(cost, mass[used], problem.b, warm)
+
+
+def sums_over_all_rows(problem: Problem, potentials: FloatArray) -> CutSums:
+    """The potentials' c-transforms over every kept row, one task a shard."""
+    fn = partial(
+        _shard_sums, sources=problem.sources, y=problem.y, space=problem.space,
+        potentials=potentials,
+    )  # fmt: skip
+    names = ("id", "embedding")
+    return problem.columns.map(names, fn, CutSums.__add__, beside=problem.decisions)
+
+
+def nearest_over_all_rows(problem: Problem, count: int) -> Neighbours:
+    """The nearest kept rows of each target point, one task a shard."""
+    fn = partial(
+        _shard_neighbours, sources=problem.sources, y=problem.y, space=problem.space, count=count
+    )
+    names = ("id", "embedding")
+    return problem.columns.map(names, fn, Neighbours.__add__, beside=problem.decisions)
+
+
+def _shard_sums(
+    table: pa.Table,
+    decisions: pa.Table,
+    *,
+    sources: Sequence[str],
+    y: FloatArray,
+    space: Space,
+    potentials: FloatArray,
+) -> CutSums:
+    _, rows = kept_rows(table, decisions, sources)
+    vectors = space.vectors(rows.vectors) if len(rows.source) else np.empty((0, y.shape[1]))
+    return cut_sums(
+        vectors, rows.source, y, potentials, space.metric, len(sources), penalty=space.penalty
+    )
+
+
+def _shard_neighbours(
+    table: pa.Table,
+    decisions: pa.Table,
+    *,
+    sources: Sequence[str],
+    y: FloatArray,
+    space: Space,
+    count: int,
+) -> Neighbours:
+    _, rows = kept_rows(table, decisions, sources)
+    vectors = space.vectors(rows.vectors) if len(rows.source) else np.empty((0, y.shape[1]))
+    return nearest_rows(vectors, rows.source, y, space, count)
+
+
+def _mean_and_half_width(values: list[float]) -> tuple[float, float]:
+    """Mean, and half of its 95 % interval by Student's t (0 for a single value)."""
+    from scipy.stats import t
+
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, 0.0
+    error = float(np.std(values, ddof=1)) / len(values) ** 0.5
+    return mean, float(t.ppf(0.975, len(values) - 1)) * error
