@@ -1,13 +1,13 @@
 """Forecasts from small trainings on real rows: how far each form is off where it hasn't looked.
 
 Runs `tamis pilot configs/pilot.yaml` (24 mixtures of GSM8K, Alpaca and code at 300 and 1,200 rows,
-eight held out, six of those trained on 4,800 rows too), projects both ways, and trains the centre of
-the design from further starts, to say how much of an error is the noise of a training.
+eight held out, six of those trained on 4,800 rows too), projects both ways, and trains the centre
+of the design from further starts, to say how much of an error is the noise of a training.
 
     python benchmarks/pilots.py [--run FOLDER] [--json FILE] [--check]
 
-An interrupted run goes on. `--check` exits 1 unless the recommended form's error at the budget is at
-most half of what the constant makes.
+An interrupted run goes on. `--check` exits 1 unless the recommended form errs at the budget at
+most half as much as the constant.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import ROOT
 from engine_fakes import CountedEngines
 from typer.testing import CliRunner
 
@@ -451,3 +452,16 @@ def test_model_in_half_precision_is_refused(recipe: Recipe) -> None:
     recipe.value["proxy"] = {"model": "student"}
     with pytest.raises(ConfigError, match="training needs dtype: float32"):
         recipe.pilot()
+
+
+def test_shipped_recipe_is_valid() -> None:
+    config = read_pilot(str(ROOT / "configs" / "pilot.yaml"))
+    assert len(config.sources) == 3
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_report(recipe: Recipe) -> None:
+    recipe.value["design"] |= {"mixtures": 3, "held_out": 1, "budget_mixtures": 0}
+    one, _ = recipe.pilot()
+    on_ray, _ = recipe.pilot("execution.backend=ray", f"execution.run={recipe.folder}/other")
+    assert one == on_ray
