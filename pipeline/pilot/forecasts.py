@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,29 @@ class Measured:
     losses: FloatArray
     transport: FloatArray
     energy: FloatArray
+
+
+@dataclass(frozen=True)
+class Distances:
+    """How far mixtures are from the targets; both None where nothing was embedded.
+
+    Attributes:
+        transport: the transport value.
+        energies: energy distances of mixtures [n, K], float64 [n].
+    """
+
+    transport: MixtureTransport | None
+    energies: Callable[[FloatArray], FloatArray] | None
+
+    def measured(self, mixtures: FloatArray, losses: FloatArray) -> Measured:
+        """Mixtures with their losses and distances."""
+        none = np.zeros(len(mixtures))
+        return Measured(
+            mixtures,
+            losses,
+            self.transport.values(mixtures) if self.transport else none,
+            self.energies(mixtures) if self.energies else none,
+        )
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,7 @@ def source_rows(
     """
     best: dict[int, Row] = {}
     highest: list[int] = []
+    seen: set[int] = set()
     read = rejected = unusable = 0
     for row in iter_rows(source, IngestSettings(max_chars=None)):
         if not isinstance(row, Row):
@@ -109,9 +110,11 @@ def source_rows(
             continue
         read += 1
         key = key_hash(row.id, seed)
-        if row.group in taken or key in best or not response(row.messages):
+        if row.group in taken or key in seen or not response(row.messages):
             unusable += 1
-        elif len(best) < count or key < -highest[0]:
+            continue
+        seen.add(key)
+        if len(best) < count or key < -highest[0]:
             if not usable(row):
                 unusable += 1
                 continue

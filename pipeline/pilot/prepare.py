@@ -28,8 +28,10 @@ from stages.errors import ConfigError, RowError
 from stages.features.tokens import masked_sequence
 from stages.forecast.transport_value import MixtureTransport
 from stages.ingest.parse import Row
+from stages.mixture.cost import Metric
 from stages.mixture.energy import energy_statistics
 from stages.mixture.simplex import FloatArray
+from stages.pilots.settings import TransportSettings
 from stages.rows import Message
 from stages.storage import Store
 
@@ -57,22 +59,14 @@ class Clouds:
     targets: FloatArray
     mass: FloatArray
 
-    def transport(self, config: PilotConfig) -> MixtureTransport:
+    def transport(self, metric: Metric) -> MixtureTransport:
         """The transport value of mixtures."""
-        assert config.transport is not None
-        metric = config.transport.metric
         return MixtureTransport(self.vectors, self.source, self.targets, self.mass, metric)
 
-    def energies(self, config: PilotConfig, mixtures: FloatArray) -> FloatArray:
+    def energies(self, metric: Metric, mixtures: FloatArray) -> FloatArray:
         r"""Energy distances of mixtures [n, K] to the targets: :math:`2 p D - p^T E p - S`."""
-        assert config.transport is not None
         to_target, between, within = energy_statistics(
-            self.vectors,
-            self.source,
-            self.targets,
-            self.mass,
-            config.transport.metric,
-            mixtures.shape[1],
+            self.vectors, self.source, self.targets, self.mass, metric, mixtures.shape[1]
         )
         crossed = np.einsum("nk,kl,nl->n", mixtures, between, mixtures)
         return np.asarray(2.0 * mixtures @ to_target - crossed - within, np.float64)
@@ -123,10 +117,8 @@ def prepared_pool(
     return survey
 
 
-def clouds(config: PilotConfig, store: Store, make: Make) -> Clouds:
+def clouds(config: PilotConfig, settings: TransportSettings, store: Store, make: Make) -> Clouds:
     """Vectors of the rows of lowest hash and of the targets; embedded once, kept in the run."""
-    settings = config.transport
-    assert settings is not None
     encoder = config.models[settings.encoder]
     identity = {
         "encoder": model_identity(encoder.model),
@@ -137,7 +129,7 @@ def clouds(config: PilotConfig, store: Store, make: Make) -> Clouds:
     }
     if not store.exists(VECTORS) or changed_fields(_read(store, VECTORS_OF), identity):
         store.remove(VECTORS)
-        store.write_bytes(VECTORS, save(_embedded(config, make)))
+        store.write_bytes(VECTORS, save(_embedded(config, settings, make)))
         store.write_json(VECTORS_OF, identity)
     found = load(store.read_bytes(VECTORS))
     distinct, place = np.unique(found["targets"].astype(np.float64), axis=0, return_inverse=True)
@@ -149,9 +141,9 @@ def clouds(config: PilotConfig, store: Store, make: Make) -> Clouds:
     )
 
 
-def _embedded(config: PilotConfig, make: Make) -> dict[str, NDArray[Any]]:
-    settings = config.transport
-    assert settings is not None
+def _embedded(
+    config: PilotConfig, settings: TransportSettings, make: Make
+) -> dict[str, NDArray[Any]]:
     targets = target_rows(config.targets, config.target_rows, config.seed).rows
     taken = {row.group for row in targets}
     texts: list[str] = []

@@ -13,8 +13,10 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context
 from typing import Any
@@ -26,6 +28,7 @@ from pipeline.pilot.config import PilotConfig
 from pipeline.pilot.curve import forecast_curve
 from pipeline.pilot.forecasts import (
     Bounds,
+    Distances,
     Measured,
     autoscaled,
     compared_forms,
@@ -35,7 +38,7 @@ from pipeline.pilot.forecasts import (
     rank_correlations,
     recommended_form,
 )
-from pipeline.pilot.prepare import Make, clouds, prepared_pool
+from pipeline.pilot.prepare import Clouds, Make, clouds, prepared_pool
 from pipeline.pilot.trials import Trial, TrialJob, run_trial, trials_of
 from pipeline.rundir import IDENTITY, MANIFEST, RunLock
 from stages.base import Each, in_turn
@@ -133,26 +136,23 @@ class _Pilots:
             trials = [*at_scales, *at_budget]
             self._say("reading the sources")
             survey = prepared_pool(config, store, self._wanted(trials))
+            bounds = self._bounds(survey)
             vectors = None
             if config.transport:
                 self._say("embedding rows and targets")
-                vectors = clouds(config, store, self._make)
+                vectors = clouds(config, config.transport, store, self._make)
             records = self._trained(trials)
             self._say("fitting forecasts")
             try:
-                transport = vectors.transport(config) if vectors else None
-                measured = []
-                for mixtures in (design, held_out):
-                    none = np.zeros(len(mixtures))
-                    measured.append(
-                        Measured(
-                            mixtures,
-                            self._losses(records, mixtures),
-                            transport.values(mixtures) if transport else none,
-                            vectors.energies(config, mixtures) if vectors else none,
-                        )
-                    )
-                report = self._report(survey, records, measured[0], measured[1], transport)
+                distances = self._distances(vectors)
+                report = self._report(
+                    survey,
+                    bounds,
+                    records,
+                    distances.measured(design, self._losses(records, design)),
+                    distances.measured(held_out, self._losses(records, held_out)),
+                    distances.transport,
+                )
             except (ValueError, TransportNotSolved) as error:
                 raise StageError(f"no forecast can be made: {error}", stage="pilot") from error
             self._write(report, identity)
@@ -224,8 +224,25 @@ class _Pilots:
             yield in_turn
         else:
             # Spawned, not forked: torch may hold threads here already.
-            with ProcessPoolExecutor(execution.workers, get_context("spawn")) as pool:
+            pool = ProcessPoolExecutor(execution.workers, get_context("spawn"))
+            try:
                 yield pool.map
+            except BrokenProcessPool as error:
+                raise StageError(
+                    "a training's process died, perhaps for want of memory; lower "
+                    "execution.workers, and run again to go on",
+                    stage="pilot",
+                ) from error
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _distances(self, vectors: Clouds | None) -> Distances:
+        settings = self._config.transport
+        if settings is None or vectors is None:
+            return Distances(None, None)
+        return Distances(
+            vectors.transport(settings.metric), partial(vectors.energies, settings.metric)
+        )
 
     def _losses(self, records: dict[Trial, dict[str, Any]], mixtures: FloatArray) -> FloatArray:
         """Losses at both scales, means over starts; float64 [n, 2]."""
@@ -245,6 +262,7 @@ class _Pilots:
     def _report(
         self,
         survey: dict[str, dict[str, int]],
+        bounds: Bounds,
         records: dict[Trial, dict[str, Any]],
         design: Measured,
         held_out: Measured,
@@ -263,7 +281,6 @@ class _Pilots:
         at_budget = dict(enumerate(reached))
         made, rows = compared_forms(design, held_out, at_budget, projection, transport is not None)
         place, judged_by = recommended_form(rows)
-        bounds = self._bounds(survey)
         minima = [
             least_forecast(one, transport, design, bounds, config.forecast, config.seed)
             for one in made
