@@ -92,7 +92,7 @@ def _vectors(columns: ShardedColumns, wanted: NDArray[np.intp]) -> NDArray[np.fl
     for table in columns.iter(("id", "embedding")):
         here = wanted[(wanted >= start) & (wanted < start + table.num_rows)] - start
         start += table.num_rows
-        kept = table.take(pa.array(here))
+        kept = table.take(pa.array(here, pa.int64()))
         if kept["embedding"].null_count:
             raise StageError("an emitted row has no embedding", stage="emission")
         if kept.num_rows:
