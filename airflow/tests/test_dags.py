@@ -63,7 +63,7 @@ from airflow.dag_processing.dagbag import DagBag
 import airflow.sdk, airflow.triggers.base, airflow.sdk.bases.hook, airflow.sdk.definitions.param
 import httpx
 started = time.monotonic()
-bag = DagBag(include_examples=False)
+bag = DagBag()
 took = time.monotonic() - started
 assert not bag.import_errors, bag.import_errors
 assert set(bag.dags) == {"curate", "train_sae"}, bag.dags
