@@ -235,8 +235,9 @@ class RunLock:
 
         Raises:
             RunBusy: another live process holds it.
+            ConfigError: the directory can't be written.
         """
-        while not self._run.create("lock.json", self._note()):
+        while not self._created():
             holder = _json(self._run, "lock.json") or {}
             if _is_alive(holder):
                 raise RunBusy(
@@ -259,6 +260,15 @@ class RunLock:
         if self._thread:
             self._thread.join(wait_s)
         self._run.remove("lock.json")
+
+    def _created(self) -> bool:
+        try:
+            return self._run.create("lock.json", self._note())
+        except OSError as error:
+            raise ConfigError(
+                f"{self._run.url} can't be written ({error}); check the path and its permissions, "
+                "or use another run directory"
+            ) from error
 
     def _beat(self) -> None:
         while not self._stop.wait(_HEARTBEAT_S):

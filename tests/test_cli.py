@@ -42,6 +42,8 @@ def test_wrong_configs_exit_2_with_one_line(recipe: Any, tmp_path: Path) -> None
          "holds no data file"),
         (["plan", "configs/quickstart.yaml", "--set", "models.student.model=/gone"],
          "no such file or folder"),
+        (["stage", "ingest", "configs/quickstart.yaml", "--set", f"execution.run={half}/run"],
+         "half.jsonl/run can't be written"),
         (["stage", "polish", "configs/quickstart.yaml"], "no stage 'polish'"),
         (["status", str(tmp_path)], "is no run directory"),
         (["why", str(tmp_path), "abc"], "is no run directory"),

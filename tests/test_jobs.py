@@ -47,7 +47,7 @@ def tamis(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def guarded() -> Iterator[str]:
     """A cluster that asks for the token."""
-    env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "PYTHONPATH": str(ROOT)}
+    env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
     with ray_cluster(BIN, env) as address:
         yield address
 
@@ -159,7 +159,8 @@ def ready(recipe: Any) -> Any:
 
 @pytest.mark.slow
 def test_job_is_found_again_stopped_gone_on_with_and_done(guarded: str, recipe: Any) -> None:
-    ready(recipe)
+    ready(recipe).value["execution"]["backend"] = "ray"
+    recipe.save()
     address = ("--address", guarded)
     wrong = tamis("submit", str(recipe.path), *address, RAY_AUTH_TOKEN="f" * 64)
     assert wrong.returncode == 2, wrong.stderr

