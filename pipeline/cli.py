@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from pipeline.analyse.cli import analyse
+from pipeline.init import cli as init_cli
 from pipeline.synthesize.cli import synthesize
 from pipeline.train_sae.cli import train_sae
 from stages.errors import ConfigError, RunBusy, TamisError
@@ -67,6 +68,26 @@ def stage(
 ) -> None:
     """Run one stage; those before it must be complete."""
     _guarded(lambda: _run(recipe, set_, restart_from, None, name, verbose), debug)
+
+
+@app.command()
+def init(
+    files: init_cli.Files,
+    target: init_cli.Targets = None,
+    output: init_cli.Output = "recipe.yaml",
+    student: init_cli.Model = None,
+    teacher: init_cli.Model = None,
+    encoder: init_cli.Model = None,
+    force: init_cli.Force = False,
+    debug: Debug = False,
+) -> None:
+    """Write a commented recipe for files, with models that fit this machine."""
+    _guarded(
+        lambda: init_cli.write_recipe(
+            files, target or [], output, student, teacher, encoder, force
+        ),
+        debug,
+    )
 
 
 @app.command()
