@@ -91,14 +91,32 @@ def init(
 
 
 @app.command()
-def plan(recipe: RecipePath, set_: Sets = None, debug: Debug = False) -> None:
-    """Say what a run would do, and check all that can be checked without loading a model."""
+def plan(
+    recipe: RecipePath,
+    set_: Sets = None,
+    reuse: Annotated[
+        str | None, typer.Option(metavar="URI", help="Another run whose scores would be taken.")
+    ] = None,
+    no_probe: Annotated[
+        bool, typer.Option("--no-probe", help="Count no row, load no model, measure nothing.")
+    ] = False,
+    probe_rows: Annotated[
+        int, typer.Option(min=2, help="Rows that every stage is measured on.")
+    ] = 8,
+    debug: Debug = False,
+) -> None:
+    """Check a recipe and say what a run would do: stages, rows, models, tokens, time, reuse."""
 
     def show() -> None:
         from pipeline.config import read_config
-        from pipeline.status import plan_table
+        from pipeline.plan import plan_of
 
-        console().print(plan_table(read_config(recipe, set_ or ())))
+        _quieten()
+        config = read_config(recipe, set_ or ())
+        found = plan_of(config, probe_rows=None if no_probe else probe_rows, reuse=reuse)
+        console().print(found.table)
+        for note in found.notes:
+            console().print(note, highlight=False, markup=False, soft_wrap=True)
 
     _guarded(show, debug)
 
