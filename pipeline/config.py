@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, JsonValue, ValidationError, model_validator
 
 from pipeline.recipe_file import raw_values, resolve_paths
 from stages.allocation.settings import AllocationSettings, RolloutsSettings
@@ -37,6 +37,8 @@ from stages.selection.settings import SelectionSettings
 from stages.sources.settings import Source, Target
 from stages.storage import Store
 from stages.thinking.settings import ThinkingSettings
+
+StageName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
 
 class Placement(Settings):
@@ -119,6 +121,12 @@ class Recipe(BaseModel):
     dictionary: DictionarySettings | None = None
     features: FeaturesSettings | None = None
     embedding: EmbeddingSettings | None = None
+    stages: dict[StageName, dict[str, JsonValue]] = Field(
+        default_factory=dict,
+        # Recipes without any keep the bytes that they had before there were any.
+        exclude_if=lambda value: not value,
+        description="Row stages of other packages, by name; each with its own settings.",
+    )
     selection: SelectionSettings = SelectionSettings()
     mixture: MixtureSettings | None = None
     emission: EmissionSettings = EmissionSettings()

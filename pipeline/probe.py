@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.config import Config
-from pipeline.flow import Flow, flow_of
+from pipeline.flow import flow_of
 from pipeline.survey import Survey, row_lengths
 from stages.base import UNSEEN, FitStage, RowSettings, RowStage
 from stages.engines import GenerationRequest, MaskedSequence, ScoreRequest
@@ -146,6 +146,10 @@ class Probe:
     ingested: Store
     measured: dict[str, Measured] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Build the stages as the recipe wants them."""
+        self._asked = flow_of(self.config)
+
     def run(self) -> dict[str, Measured]:
         """What every stage takes that asks a model, by name.
 
@@ -175,7 +179,7 @@ class Probe:
                         made[name], found = self._fit(session, stage, rows, goals, made, meter)
                         stores[name] = made[name].store
                     else:
-                        rows, found = self._rows(session, flow, stage, rows, stores, meter)
+                        rows, found = self._rows(session, stage, rows, stores, meter)
                         if stage.on_targets:
                             goals = session.with_columns(stage, goals, stores)
                     self.measured[name] = Measured(load, *found)
@@ -198,7 +202,6 @@ class Probe:
     def _rows(
         self,
         session: Session,
-        flow: Flow,
         stage: RowStage,
         rows: pa.Table,
         stores: Mapping[str, Store],
@@ -226,7 +229,7 @@ class Probe:
 
     def _amounts(self, stage: RowStage) -> tuple[int, float]:
         """Rows, and characters, that a stage will read, at most."""
-        rows, characters = self._amounts_of(getattr(self.config, stage.name))
+        rows, characters = self._amounts_of(self._asked.rows[stage.name].settings)
         if stage.on_targets:
             lengths = self.survey.target_lengths
             return rows + len(lengths), characters + sum(lengths)
@@ -273,6 +276,10 @@ def _small(config: Config) -> Config:
         section = getattr(config, name)
         if hasattr(section, "where") and hasattr(section, "limit"):
             update[name] = section.model_copy(update={"where": None, "limit": None})
+    update["stages"] = {
+        name: {key: value for key, value in section.items() if key not in ("where", "limit")}
+        for name, section in config.stages.items()
+    }
     if config.dictionary is not None and config.dictionary.path is None:
         update["dictionary"] = config.dictionary.model_copy(update={"steps": PROBE_STEPS})
     return config.model_copy(update=update)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from pipeline.flow import ORDER, folder_of
-from pipeline.rundir import opened_run, parts, read_identity, read_manifest
+from pipeline.flow import folder_of
+from pipeline.rundir import opened_run, parts, read_identity, read_manifest, stages_of
 
 
 def status_table(url: str) -> Table:
@@ -16,7 +16,7 @@ def status_table(url: str) -> Table:
     """
     run = opened_run(url)
     table = _table("rows", "shards", "time", "state")
-    for stage in ORDER:
+    for stage in stages_of(run):
         manifest = read_manifest(run, stage)
         if manifest is not None:
             state = "complete"

@@ -8,8 +8,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.flow import ROW_STAGES, folder_of
-from pipeline.rundir import opened_run, parts, read_manifest
+from pipeline.flow import folder_of
+from pipeline.rundir import opened_run, parts, read_manifest, row_stages_of
 from stages.errors import ConfigError
 from stages.storage import Store
 
@@ -38,7 +38,7 @@ def story(url: str, row: str) -> str:
         *_turns("text", record["messages"]),
         *_instead_of(run, record["id"]),
     ]
-    for stage in ROW_STAGES:
+    for stage in row_stages_of(run):
         name = f"{folder_of(stage)}/{part}"
         if not run.exists(name):
             continue
