@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from pipeline.analyse.cli import analyse
+from pipeline.init import cli as init_cli
 from pipeline.jobs.cli import job, submit
 from pipeline.pilot.cli import pilot
 from pipeline.sigterm import end_at_sigterm
@@ -80,17 +81,54 @@ def stage(
 
 
 @app.command()
-def plan(
-    recipe: RecipePath, set_: Sets = None, as_json: AsJson = False, debug: Debug = False
+def init(
+    files: init_cli.Files,
+    target: init_cli.Targets = None,
+    output: init_cli.Output = "recipe.yaml",
+    student: init_cli.Model = None,
+    teacher: init_cli.Model = None,
+    encoder: init_cli.Model = None,
+    force: init_cli.Force = False,
+    debug: Debug = False,
 ) -> None:
-    """Say what a run would do, and check all that can be checked without loading a model."""
+    """Write a commented recipe for files, with models that fit this machine."""
+    _guarded(
+        lambda: init_cli.write_recipe(
+            files, target or [], output, student, teacher, encoder, force
+        ),
+        debug,
+    )
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    set_: Sets = None,
+    reuse: Annotated[
+        str | None, typer.Option(metavar="URI", help="Another run whose scores would be taken.")
+    ] = None,
+    no_probe: Annotated[
+        bool, typer.Option("--no-probe", help="Count no row, load no model, measure nothing.")
+    ] = False,
+    probe_rows: Annotated[
+        int, typer.Option(min=2, help="Rows that every stage is measured on.")
+    ] = 8,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Check a recipe and say what a run would do: stages, rows, models, tokens, time, reuse."""
 
     def show() -> None:
         from pipeline.config import read_config
-        from pipeline.status import plan_summary, plan_table
+        from pipeline.plan import plan_of
+        from pipeline.status import plan_summary
 
+        _quieten()
         config = read_config(recipe, set_ or ())
-        console().print(plan_table(config))
+        found = plan_of(config, probe_rows=None if no_probe else probe_rows, reuse=reuse)
+        console().print(found.table)
+        for note in found.notes:
+            console().print(note, highlight=False, markup=False, soft_wrap=True)
         if as_json:
             json_line(plan_summary(config))
 

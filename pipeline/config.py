@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, JsonValue, ValidationError, model_validator
 
 from pipeline.recipe_file import raw_values, resolve_paths
 from stages.allocation.settings import AllocationSettings, RolloutsSettings
@@ -40,6 +40,8 @@ from stages.sources.settings import Source, Target
 from stages.storage import Store
 from stages.thinking.settings import ThinkingSettings
 from stages.valuation.settings import ValuationSettings
+
+StageName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
 
 class Placement(Settings):
@@ -124,6 +126,12 @@ class Recipe(BaseModel):
     embedding: EmbeddingSettings | None = None
     baselines: BaselinesSettings | None = None
     valuation: ValuationSettings | None = None
+    stages: dict[StageName, dict[str, JsonValue]] = Field(
+        default_factory=dict,
+        # Recipes without any keep the bytes that they had before there were any.
+        exclude_if=lambda value: not value,
+        description="Row stages of other packages, by name; each with its own settings.",
+    )
     selection: SelectionSettings = SelectionSettings()
     explanation: ExplanationSettings | None = None
     mixture: MixtureSettings | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.config import Config
@@ -18,6 +18,7 @@ from stages.embedding.stage import EmbeddingStage
 from stages.emission.stage import EmissionStage
 from stages.errors import ConfigError
 from stages.explanation.stage import ExplanationStage
+from stages.extensions import extension_stage
 from stages.features.stage import FeaturesStage
 from stages.ingest.settings import ContaminationSettings
 from stages.mixture.stage import MixtureStage, Supply
@@ -77,6 +78,12 @@ FOLDERS = {"emission": "dataset"}
 """Folders in the run directory that aren't called like their stage."""
 
 
+def with_extensions(order: Sequence[str], extensions: Sequence[str]) -> list[str]:
+    """Names of stages in order, with those of other packages before the first set stage."""
+    place = order.index("selection") if "selection" in order else len(order)
+    return [*order[:place], *extensions, *order[place:]]
+
+
 def folder_of(stage: str) -> str:
     """A stage's folder in the run directory."""
     return FOLDERS.get(stage, stage)
@@ -94,7 +101,8 @@ class Flow:
     def names(self) -> list[str]:
         """All stages, ingest included, in order."""
         there = {"ingest", *self.rows, *self.fits, *self.sets}
-        return [name for name in ORDER if name in there]
+        own = [name for name in ORDER if name in there]
+        return with_extensions(own, [name for name in self.rows if name not in ORDER])
 
     def read_by(self, name: str) -> set[str]:
         """Row stages whose columns a row or fit stage reads, and `ingest`."""
@@ -168,6 +176,8 @@ def flow_of(config: Config) -> Flow:
     if config.valuation:
         fits["potentials"] = PotentialsStage(config.valuation, config.seed)
         rows["valuation"] = ValuationStage(config.valuation)
+    for name, section in config.stages.items():
+        _add_extension(rows, name, extension_stage(name, section, models, config.seed))
     present = [*ROWS.names, *(n for stage in rows.values() for n in stage.columns().adds.names)]
     flow = Flow(rows, fits, _set_stages(config, tuple(present)))
     asking: dict[str, RowStage | FitStage] = {**rows, **fits}
@@ -184,6 +194,21 @@ def flow_of(config: Config) -> Flow:
                 f"there are {', '.join(sorted(known))}"
             )
     return flow
+
+
+def _add_extension(rows: dict[str, RowStage], name: str, stage: RowStage) -> None:
+    """Put a stage of another package behind the others.
+
+    Raises:
+        ConfigError: it has the name of a stage, or adds a column, that is there already.
+    """
+    if name in ORDER or name in FOLDERS.values():
+        raise ConfigError(f"stages.{name}: {name} is the name of a stage of tamis' own")
+    there = {*ROWS.names, *(n for one in rows.values() for n in one.columns().adds.names)}
+    twice = sorted(there & set(stage.columns().adds.names))
+    if twice:
+        raise ConfigError(f"stages.{name} adds the column {twice[0]!r}, which is there already")
+    rows[name] = stage
 
 
 def _set_stages(config: Config, present: tuple[str, ...]) -> dict[str, SetStage]:

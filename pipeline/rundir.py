@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from pipeline.flow import folder_of
+from pipeline.flow import FOLDERS, ORDER, ROW_STAGES, folder_of, with_extensions
 from pipeline.sigterm import AT_END
 from stages.base import Each, in_turn
 from stages.errors import ConfigError, RunBusy, StageError
@@ -46,6 +46,22 @@ def opened_run(url: str) -> Store:
     if read_identity(run, "ingest") is None:
         raise ConfigError(f"{url} is no run directory: no stage was begun there; check the path")
     return run
+
+
+def row_stages_of(run: Store) -> list[str]:
+    """Names of all row stages that a run can have, those of other packages last."""
+    return [*ROW_STAGES, *_extensions(run)]
+
+
+def stages_of(run: Store) -> list[str]:
+    """Names of all stages that a run can have, in order."""
+    return with_extensions(ORDER, _extensions(run))
+
+
+def _extensions(run: Store) -> list[str]:
+    """Stages of other packages that were begun in a run, by name."""
+    own = {*ORDER, *FOLDERS.values()}
+    return [name for name in run.names() if name not in own and run.exists(f"{name}/{IDENTITY}")]
 
 
 def read_manifest(run: Store, stage: str) -> dict[str, Any] | None:

@@ -183,7 +183,7 @@ class Run:
                     f"stage {name} needs {earlier}, which isn't complete; run `tamis run`, or "
                     f"`tamis stage {earlier}` first"
                 )
-        inputs = self._inputs(name)
+        inputs = self.inputs(name)
         manifest = read_manifest(self.store, name)
         if manifest is not None and self._is_current(name, manifest, inputs):
             self.listener(Event(name, "kept", rows=int(manifest.get("rows", 0))))
@@ -199,6 +199,17 @@ class Run:
             rows = await self._set_stage(name, inputs)
         self.listener(Event(name, "done", rows=rows, seconds=time.monotonic() - started))
 
+    def is_done(self, name: str) -> bool:
+        """Whether a run would find nothing to do in a stage, and in all that it reads."""
+        manifest = read_manifest(self.store, name)
+        if manifest is None or not self._is_current(name, manifest, self.inputs(name)):
+            return False
+        return name == "ingest" or all(self.is_done(earlier) for earlier in self._reads(name))
+
+    def reads_unseen(self, name: str) -> bool:
+        """Whether a row stage reads ingest's folder of what training must not see."""
+        return UNSEEN in self.flow.rows[name].artifacts()
+
     def _is_current(
         self, name: str, manifest: Mapping[str, Any], inputs: Mapping[str, Any]
     ) -> bool:
@@ -212,7 +223,7 @@ class Run:
     def _refits(self, name: str) -> bool:
         return bool(getattr(self.flow.fits[name].settings, "refit", True))
 
-    def _inputs(self, name: str) -> dict[str, Any]:
+    def inputs(self, name: str) -> dict[str, Any]:
         """Digests of what a stage reads; for ingest, the content of the sources."""
         if name == "ingest":
             read: dict[str, Sequence[Source]] = {
@@ -313,7 +324,7 @@ class Run:
         limit_key = self._limit_key(stage, found, homes)
         upstream = self._upstream_digests(name)
         beside = inputs.get("beside", {})
-        fitted = self._fitted_digest(name)
+        fitted = self.fitted_digest(name)
         tasks = [
             replace(
                 self._task(stage, part, homes, mark, targets=targets, limit_key=limit_key),
@@ -420,7 +431,7 @@ class Run:
     def _artifact(self, name: str) -> Store:
         return self.store.child(f"ingest/{UNSEEN}" if name == UNSEEN else folder_of(name))
 
-    def _fitted_digest(self, name: str) -> str:
+    def fitted_digest(self, name: str) -> str:
         """The content of the artifacts that a row stage reads, "" without one."""
         digests = [
             str((read_manifest(self.store, fit) or {})["digest"])

@@ -1,4 +1,4 @@
-"""Tables of what a run has done, and of what it would do."""
+"""A table of what a run has done."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 from rich.table import Table
 
 from pipeline.config import Config
-from pipeline.flow import ORDER, Flow, folder_of
-from pipeline.rundir import MANIFEST, opened_run, parts, read_identity, read_manifest
+from pipeline.flow import folder_of
+from pipeline.rundir import MANIFEST, opened_run, parts, read_identity, read_manifest, stages_of
 from pipeline.runner import Event, Run
 from stages.storage import Store
 
@@ -22,7 +22,7 @@ def status_table(url: str) -> Table:
     """
     run = opened_run(url)
     table = _table("rows", "shards", "time", "state")
-    for stage in ORDER:
+    for stage in stages_of(run):
         manifest = read_manifest(run, stage)
         if manifest is not None:
             state = "complete"
@@ -38,33 +38,6 @@ def status_table(url: str) -> Table:
         elif read_identity(run, stage) is not None:
             shards = len(parts(run, folder_of(stage)))
             table.add_row(stage, "", str(shards), "", "started, not complete")
-    return table
-
-
-def plan_table(config: Config) -> Table:
-    """Stages of a recipe: which models they load, what is there already, what would be computed.
-
-    Raises:
-        ConfigError: a source, model or column isn't there.
-    """
-    job = Run(config, lambda _: None)
-    content = job._inputs("ingest")
-    files = sum(len(pairs) for pairs in content.values())
-    changes = job.changes()
-    table = _table("models", "reads", "state")
-    for stage in job.flow.names:
-        if stage in changes:
-            state = "changed, needs --restart-from: " + "; ".join(changes[stage])
-        elif (manifest := read_manifest(job.store, stage)) is not None:
-            state = f"complete ({manifest.get('rows', '?')} rows)"
-        elif read_identity(job.store, stage) is not None:
-            done = len(parts(job.store, folder_of(stage)))
-            total = len(parts(job.store, "ingest"))
-            state = f"{done} of {total} shards there"
-        else:
-            state = "to do"
-        reads = f"{files} files" if stage == "ingest" else _reads(job.flow, stage)
-        table.add_row(stage, _models(job.flow, stage), reads, state)
     return table
 
 
@@ -101,22 +74,6 @@ def run_summary(run: Store, ended: Sequence[Event]) -> dict[str, Any]:
             for event in ended
         ],
     }
-
-
-def _models(flow: Flow, stage: str) -> str:
-    owner = flow.rows.get(stage) or flow.fits.get(stage)
-    if owner is None:
-        return ""
-    return ", ".join(
-        f"{role} ({'endpoint' if spec.settings.endpoint else spec.settings.dtype})"
-        for role, spec in sorted(owner.engines().items())
-    )
-
-
-def _reads(flow: Flow, stage: str) -> str:
-    owner = flow.rows.get(stage) or flow.fits.get(stage) or flow.sets[stage]
-    names = owner.columns().needs
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _table(*columns: str) -> Table:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pipeline.flow import ORDER, folder_of
-from pipeline.rundir import opened_run, read_manifest
+from pipeline.flow import folder_of
+from pipeline.rundir import opened_run, read_manifest, stages_of
 from stages.errors import StageError
 
 
@@ -17,7 +17,7 @@ def verified_files(url: str) -> int:
     run = opened_run(url)
     wrong: list[str] = []
     checked = 0
-    for stage in ORDER:
+    for stage in stages_of(run):
         manifest = read_manifest(run, stage)
         if manifest is None:
             continue

@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.flow import ROW_STAGES, folder_of
-from pipeline.rundir import opened_run, parts, read_manifest
+from pipeline.flow import folder_of
+from pipeline.rundir import opened_run, parts, read_manifest, row_stages_of
 from stages.emission.diffs import word_diff
 from stages.errors import ConfigError
 from stages.rows import instruction
@@ -77,7 +77,7 @@ class _Story:
         ]
         if record["answer"] is not None:
             lines.append(_line("answer", record["answer"]))
-        for stage in ROW_STAGES:
+        for stage in row_stages_of(self.run):
             name = f"{folder_of(stage)}/{part}"
             if not self.run.exists(name):
                 continue

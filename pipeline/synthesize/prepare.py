@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pipeline.flow import ROW_STAGES, folder_of
-from pipeline.rundir import opened_run, parts, read_columns, read_manifest
+from pipeline.flow import folder_of
+from pipeline.rundir import opened_run, parts, read_columns, read_manifest, row_stages_of
 from stages.engines.settings import ModelSettings
 from stages.errors import ConfigError
 from stages.rows import ROWS, Message, messages_of
@@ -84,7 +84,7 @@ def _homes(run: Store) -> dict[str, str]:
         raise ConfigError(f"{run.url}: ingest isn't complete; finish the run first")
     homes = dict.fromkeys(ROWS.names, "ingest")
     first = parts(run, "ingest")[0]
-    for stage in ROW_STAGES:
+    for stage in row_stages_of(run):
         if read_manifest(run, stage) is not None:
             columns = run.read_table(f"{folder_of(stage)}/{first}").column_names
             homes |= {name: stage for name in columns if name not in (*ROWS.names, "key")}

@@ -159,6 +159,11 @@ class Session:
         """Free the models and remove temporary files; the session can't be used again."""
         self._end()
 
+    def load_models(self, stage: RowStage | FitStage) -> None:
+        """Load the models of a stage, where they aren't yet."""
+        self._check(stage)
+        self._open.loaded(stage.engines())
+
     def free_models(self) -> None:
         """Free the models and keep the rest; what asks next loads its own again."""
         self._open.close()
@@ -213,19 +218,19 @@ class Session:
     def difficulty(self, rows: Rows, **settings: Any) -> Rows:
         """Rows with IFD: how hard each is for the student before any tuning."""
         chosen = self._section("difficulty", DifficultySettings, settings)
-        return self._with_columns(DifficultyStage(chosen, self._models), rows)
+        return self.with_columns(DifficultyStage(chosen, self._models), rows)
 
     @takes(ThinkingSettings)
     def thinking(self, rows: Rows, **settings: Any) -> Rows:
         """Rows with whether an adaptive-thinking model would think about them."""
         chosen = self._section("thinking", ThinkingSettings, settings)
-        return self._with_columns(ThinkingStage(chosen, self._models), rows)
+        return self.with_columns(ThinkingStage(chosen, self._models), rows)
 
     @takes(PassRateSettings)
     def pass_rate(self, rows: Rows, **settings: Any) -> Rows:
         """Rows with the share of a model's own answers that are correct."""
         chosen = self._section("pass_rate", PassRateSettings, settings)
-        return self._with_columns(PassRateStage(chosen, self._models, self.seed), rows)
+        return self.with_columns(PassRateStage(chosen, self._models, self.seed), rows)
 
     @takes(AllocationSettings, RolloutsSettings)
     def rollouts(self, rows: Rows, **settings: Any) -> Rows:
@@ -245,16 +250,14 @@ class Session:
         shared = self._section("allocation", AllocationSettings, settings)
         drawn = self._section("rollouts", RolloutsSettings, own)
         table = self._table(rows)
-        stores = {"allocation": self._fitted(AllocationStage(shared, pilot), table).store}
-        return self._with_columns(
-            RolloutsStage(drawn, pilot, self._models, self.seed), rows, stores
-        )
+        stores = {"allocation": self.fitted(AllocationStage(shared, pilot), table).store}
+        return self.with_columns(RolloutsStage(drawn, pilot, self._models, self.seed), rows, stores)
 
     @takes(ReasoningSettings)
     def reasoning(self, rows: Rows, **settings: Any) -> Rows:
         """Rows with the structure of their chains of thought, as a judge sees it."""
         chosen = self._section("reasoning", ReasoningSettings, settings)
-        return self._with_columns(ReasoningStage(chosen, self._models, self.seed), rows)
+        return self.with_columns(ReasoningStage(chosen, self._models, self.seed), rows)
 
     @takes(ReflectionSettings)
     def reflection(self, rows: Rows, **settings: Any) -> Rows:
@@ -278,14 +281,14 @@ class Session:
             stores[UNSEEN] = self._records["ingest"].child(UNSEEN)
         if REPLIES in stage.artifacts():
             replies = RepliesStage(chosen, self._models, self.seed)
-            stores[REPLIES] = self._fitted(replies, table).store
-        return self._with_columns(stage, rows, stores)
+            stores[REPLIES] = self.fitted(replies, table).store
+        return self.with_columns(stage, rows, stores)
 
     @takes(PrefixesSettings)
     def prefixes(self, rows: Rows, **settings: Any) -> Rows:
         """Rows with the first tokens of a model's own solutions, to be trained on."""
         chosen = self._section("prefixes", PrefixesSettings, settings)
-        return self._with_columns(PrefixesStage(chosen, self._models, self.seed), rows)
+        return self.with_columns(PrefixesStage(chosen, self._models, self.seed), rows)
 
     @takes(DictionarySettings)
     def dictionary(self, rows: object, targets: object = None, **settings: Any) -> Fitted:
@@ -300,7 +303,7 @@ class Session:
         if chosen.path is not None and targets is None:
             raise ConfigError("dictionary: an autoencoder that is brought needs targets too")
         stage = DictionaryStage(chosen, self._models, self.seed)
-        return self._fitted(stage, self._table(rows), self._targets(targets))
+        return self.fitted(stage, self._table(rows), self._targets(targets))
 
     @takes(FeaturesSettings, leave=("where", "limit"))
     def prototypes(
@@ -317,7 +320,7 @@ class Session:
         chosen = self._section("features", FeaturesSettings, settings)
         made = cast(DictionarySettings, dictionary.settings)
         stage = PrototypesStage(chosen, made, self._models, self.seed)
-        fitted = self._fitted(
+        fitted = self.fitted(
             stage, self._table(rows), self._targets(targets), {"dictionary": dictionary}
         )
         return Fitted(fitted.name, fitted.report, fitted.store, chosen, fitted.artifacts)
@@ -344,13 +347,13 @@ class Session:
         dictionary = prototypes.artifacts["dictionary"]
         stage = FeaturesStage(chosen, cast(DictionarySettings, dictionary.settings), self._models)
         stores = {"dictionary": dictionary.store, "prototypes": prototypes.store}
-        return self._with_columns(stage, rows, stores)
+        return self.with_columns(stage, rows, stores)
 
     @takes(EmbeddingSettings)
     def embedding(self, rows: Rows, **settings: Any) -> Rows:
         """Rows (or targets) with a sentence vector each."""
         chosen = self._section("embedding", EmbeddingSettings, settings)
-        return self._with_columns(EmbeddingStage(chosen, self._models), rows)
+        return self.with_columns(EmbeddingStage(chosen, self._models), rows)
 
     @takes(SelectionSettings)
     def selection(
@@ -531,10 +534,16 @@ class Session:
     def _targets(self, targets: object) -> pa.Table:
         return TARGETS.empty_table() if targets is None else self._table(targets)
 
-    def _with_columns(
+    def with_columns(
         self, stage: RowStage, rows: Rows, stores: Mapping[str, Store] | None = None
     ) -> Rows:
-        """The rows with a stage's columns; those that it had added before are replaced."""
+        """The rows with any row stage's columns; those that it had added before are replaced.
+
+        Args:
+            stage: such as one that is no method here.
+            rows: with the columns that it reads.
+            stores: folders of the artifacts that it reads, by name.
+        """
         self._check(stage)
         started = time.monotonic()
         adds = stage.columns().adds
@@ -580,13 +589,21 @@ class Session:
             highest = keys[-1] if keys else 0
         return requested_rows(table, where, highest, self.seed)
 
-    def _fitted(
+    def fitted(
         self,
         stage: FitStage,
         rows: pa.Table,
         targets: pa.Table | None = None,
         artifacts: Mapping[str, Fitted] | None = None,
     ) -> Fitted:
+        """What any fit stage makes of rows.
+
+        Args:
+            stage: such as one that is no method here.
+            rows: an Arrow table.
+            targets: rows with a `task`; None: none.
+            artifacts: what it reads, by the name of the stage that made it.
+        """
         self._check(stage)
         started = time.monotonic()
         goals = TARGETS.empty_table() if targets is None else targets

@@ -1,0 +1,1 @@
+"""`tamis init`: a commented recipe from a user's files and machine."""
