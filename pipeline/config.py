@@ -18,6 +18,7 @@ from pipeline.recipe_file import explained, raw_values, resolve_paths
 from stages.allocation.settings import AllocationSettings, RolloutsSettings
 from stages.base import Settings
 from stages.baselines.settings import BaselinesSettings
+from stages.concepts.settings import ConceptsSettings
 from stages.dictionary.settings import DictionarySettings
 from stages.difficulty.settings import DifficultySettings
 from stages.embedding.settings import EmbeddingSettings
@@ -119,6 +120,7 @@ class Recipe(BaseModel):
     prefixes: PrefixesSettings | None = None
     dictionary: DictionarySettings | None = None
     features: FeaturesSettings | None = None
+    concepts: ConceptsSettings | None = None
     embedding: EmbeddingSettings | None = None
     baselines: BaselinesSettings | None = None
     selection: SelectionSettings = SelectionSettings()
@@ -143,6 +145,8 @@ class Recipe(BaseModel):
             raise ValueError(f"ingest.near_duplicates.prefer names {unknown[0]!r}, no source")
         if self.features and not self.dictionary:
             raise ValueError("features needs a dictionary section")
+        if self.concepts and not self.dictionary:
+            raise ValueError("concepts needs a dictionary section: concepts are its latents")
         if self.explanation and not self.features:
             raise ValueError("explanation needs a features section: it explains similarities")
         for section in ("pass_rate", "reflection"):
@@ -210,6 +214,7 @@ _MODEL_ROLES = (
     ("prefixes", "model"),
     ("dictionary", "student"),
     ("features", "student"),
+    ("concepts", "student"),
     ("embedding", "encoder"),
 )
 
