@@ -177,10 +177,10 @@ class EmissionStage:
         shards, files = write_shards(gathered, splits, schema, self.settings.shard_bytes, metadata)
         prefixes = prefix_tables(gathered, splits)
         concepts = concept_tables(gathered, splits)
-        beside = {"prefix": prefixes, "concepts": concepts}
-        for folder, tables in beside.items():
+        beside: list[ShardFile] = []
+        for folder, tables in (("prefix", prefixes), ("concepts", concepts)):
             more, written = write_lines(folder, tables, self.settings.shard_bytes, metadata)
-            shards += more
+            beside += more
             files |= written
         facts = self._facts(
             plan,
@@ -188,7 +188,7 @@ class EmissionStage:
             gathered,
             splits,
             mixture=mixture,
-            shards=shards,
+            shards=[*shards, *beside],
             prefix=prefix_facts(prefixes, gathered),
             concepts={split: table.num_rows for split, table in concepts.items()},
             columns=schema.arrow.names,

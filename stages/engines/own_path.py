@@ -65,7 +65,7 @@ def own_gradients(
     model.requires_grad_(False)
     device = model.device
     row = torch.tensor([list(ids)], device=device)
-    where = torch.tensor(list(places), device=device)
+    where = torch.tensor(list(places), dtype=torch.long, device=device)
     held: list[torch.Tensor] = []
 
     def doubled(_module: Any, _inputs: Any, output: Any) -> Any:
