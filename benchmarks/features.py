@@ -279,6 +279,8 @@ def main() -> None:
         }
         for part in chosen.part or PARTS:
             report[part] = measures[part]()
+            if file:
+                file.write_text(json.dumps(report, indent=1) + "\n")
     figures = {name: part[name] for part in report.values() if isinstance(part, dict)
                for name in AIMS if name in part}  # fmt: skip
     print(f"{report['device']}, torch {report['torch']}")
@@ -288,8 +290,6 @@ def main() -> None:
             continue
         print(f"{name:16} {figures[name]:10.4g}   {word} {aim:g}")
     print(json.dumps(report, indent=1))
-    if file:
-        file.write_text(json.dumps(report, indent=1) + "\n")
     missed = [
         name
         for name, (word, aim) in AIMS.items()
