@@ -18,6 +18,7 @@ from pipeline.recipe_file import raw_values, resolve_paths
 from stages.allocation.settings import AllocationSettings, RolloutsSettings
 from stages.base import Settings
 from stages.baselines.settings import BaselinesSettings
+from stages.concepts.settings import ConceptsSettings
 from stages.dictionary.settings import DictionarySettings
 from stages.difficulty.settings import DifficultySettings
 from stages.embedding.settings import EmbeddingSettings
@@ -123,6 +124,7 @@ class Recipe(BaseModel):
     prefixes: PrefixesSettings | None = None
     dictionary: DictionarySettings | None = None
     features: FeaturesSettings | None = None
+    concepts: ConceptsSettings | None = None
     embedding: EmbeddingSettings | None = None
     baselines: BaselinesSettings | None = None
     valuation: ValuationSettings | None = None
@@ -154,6 +156,8 @@ class Recipe(BaseModel):
             raise ValueError(f"ingest.near_duplicates.prefer names {unknown[0]!r}, no source")
         if self.features and not self.dictionary:
             raise ValueError("features needs a dictionary section")
+        if self.concepts and not self.dictionary:
+            raise ValueError("concepts needs a dictionary section: concepts are its latents")
         if self.explanation and not self.features:
             raise ValueError("explanation needs a features section: it explains similarities")
         for section in ("pass_rate", "reflection"):
@@ -222,6 +226,7 @@ _MODEL_ROLES = (
     ("prefixes", "model"),
     ("dictionary", "student"),
     ("features", "student"),
+    ("concepts", "student"),
     ("embedding", "encoder"),
 )
 

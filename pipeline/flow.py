@@ -12,6 +12,7 @@ from stages.base import FitStage, RowStage, SetStage, check_endpoints
 from stages.baselines.readers import Readers
 from stages.baselines.stage import BaselinesStage
 from stages.baselines.targets import BaselineTargetsStage
+from stages.concepts.stage import ConceptsStage
 from stages.dictionary.stage import DictionaryStage
 from stages.difficulty.stage import DifficultyStage
 from stages.embedding.stage import EmbeddingStage
@@ -45,6 +46,7 @@ ROW_STAGES = (
     "reflection",
     "prefixes",
     "features",
+    "concepts",
     "embedding",
     "baselines",
     "valuation",
@@ -63,6 +65,7 @@ ORDER = (
     "dictionary",
     "prototypes",
     "features",
+    "concepts",
     "embedding",
     "baseline_targets",
     "baselines",
@@ -166,6 +169,8 @@ def flow_of(config: Config) -> Flow:
             fits["explanation"] = ExplanationStage(
                 config.explanation, config.features, config.dictionary, models, config.seed
             )
+    if config.concepts and config.dictionary:
+        rows["concepts"] = ConceptsStage(config.concepts, config.dictionary, models)
     if config.embedding:
         rows["embedding"] = EmbeddingStage(config.embedding, models)
     if config.baselines:

@@ -12,6 +12,7 @@ prefixes    the first tokens of a model's own solutions, to be trained on
 dictionary  a sparse autoencoder of the student's residual stream, trained here or brought
 prototypes  what the targets activate
 features    similarity of each row to the targets by what both activate
+concepts    the latents that bear on what comes next, token by token
 embedding   a sentence vector of each row
 baselines   random, longest, and four similarities to the targets, to compare with
 valuation   what each row adds to the pool's nearness to the targets

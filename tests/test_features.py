@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_array
+from scipy.stats import spearmanr
 from sharded import Tables
 
 from stages.dictionary.checkpoint import sae_bytes
@@ -226,6 +227,18 @@ def test_scores_do_not_depend_on_batches_padding_order_or_shards(measured: Measu
             )
             assert one["similarity"] == pytest.approx(other["similarity"], abs=1e-5)
             assert one["active_features"] == other["active_features"]
+
+
+def test_bfloat16_ranks_rows_as_float32_does(measured: Measured) -> None:
+    chosen = FeaturesSettings()
+    rows = table([*MATHS, *CODE])
+    half = TransformersReader(MODELS["student"].model_copy(update={"dtype": "bfloat16"}))
+    stage = FeaturesStage(chosen, DICTIONARY, MODELS)
+    artifacts = {"dictionary": measured.store, "prototypes": measured.prototypes(chosen)[0]}
+    made = asyncio.run(stage.process(rows, {"student": LocalHandle(half)}, artifacts)).to_pylist()
+    found = [row["similarity"] for row in made]
+    expected = [row["similarity"] for row in measured.features(chosen, rows)]
+    assert spearmanr(found, expected).statistic > 0.95
 
 
 def test_prototypes_are_means_and_frequencies_are_counts(measured: Measured) -> None:

@@ -47,6 +47,7 @@ def card_markdown(facts: Facts, version: int, trainers: Sequence[str]) -> bytes:
         *_targets(facts),
         "## Mixture\n\n" + _mixture(facts),
         *_prefixes(facts),
+        *_concepts(facts),
         *_models(facts),
         *_windows(facts),
         "## How it was made\n\n" + _stages(facts, version),
@@ -76,6 +77,11 @@ def _front_matter(facts: Facts) -> str:
             {"split": split, "path": f"prefix/{split}-*.parquet"} for split in facts.prefix.lines
         ]
         configs.append({"config_name": "prefix", "data_files": prefixes})
+    if facts.concepts:
+        concepts = [
+            {"split": split, "path": f"concepts/{split}-*.parquet"} for split in facts.concepts
+        ]
+        configs.append({"config_name": "concepts", "data_files": concepts})
     value = {
         **card_license(facts.names_of_licenses),
         "task_categories": ["text-generation"],
@@ -264,6 +270,19 @@ def _prefixes(facts: Facts) -> list[str]:
             f"saved in training, and {made.sampled_saving or 0:.1%} in sampling."
         )
     return [f"## Prefixes\n\n{said}"]
+
+
+def _concepts(facts: Facts) -> list[str]:
+    if not facts.concepts:
+        return []
+    return [
+        "## Concepts\n\n"
+        f'`load_dataset(PATH, "concepts")` gives, of {sum(facts.concepts.values()):,} of the rows, '
+        "the latents of a sparse autoencoder that bear most on what comes after each token "
+        "(`concept_ids`, strongest first, -1 in a slot without one) and on the row as a whole "
+        "(`row_concepts`). Tokens are those of `input_ids`, in the tokenizer of the model that was "
+        "read; `concepts/dictionary.json` names it and the autoencoder."
+    ]
 
 
 def _models(facts: Facts) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from stages.emission import prefix
+from stages.emission import concepts, prefix
 from stages.emission.card import about
 from stages.emission.facts import Facts
 from stages.emission.shards import FOLDERS, ShardFile
@@ -50,11 +50,15 @@ _ABOUT = {
     "id": "Hash of the conversation as it was read.",
     "source": "Name of the source.",
     "provenance": "Licence, scores, and the original text of a rewritten row.",
-    "input_ids": "Token ids of a prompt and of the solution, or its beginning.",
+    "input_ids": "Token ids of the text.",
     "attention_mask": "1 for every token.",
     "labels": "The solution's ids; -100 where there is no loss.",
     "kind": "`prefix`, or `full` for a whole solution.",
     "text": "The solution as text.",
+    "concept_ids": "Latents of each token, strongest first; -1 where a slot holds none.",
+    "concept_scores": "Their attributions; 0 where a slot holds none.",
+    "row_concepts": "Latents of the row, strongest first.",
+    "row_scores": "Their mean attributions.",
 }
 
 
@@ -74,6 +78,10 @@ def croissant_json(facts: Facts, schema: pa.Schema) -> bytes:
         name = f"prefix-{split}"
         sets.append(_file_set(f"{name}-files", f"prefix/{split}-*.parquet"))
         records.append(_record_set(name, f"{name}-files", prefix.SCHEMA))
+    for split in facts.concepts:
+        name = f"concepts-{split}"
+        sets.append(_file_set(f"{name}-files", f"concepts/{split}-*.parquet"))
+        records.append(_record_set(name, f"{name}-files", concepts.SCHEMA))
     licenses = sorted(name or "not stated" for name in facts.names_of_licenses)
     value: dict[str, Any] = {
         "@context": _CONTEXT,
@@ -123,7 +131,7 @@ def _record_set(name: str, files: str, schema: pa.Schema) -> dict[str, Any]:
 def _field(record: str, files: str, column: pa.Field) -> dict[str, Any]:
     """A column; of structs, the fields that aren't lists themselves, as Croissant nests once."""
     kind, repeated = column.type, False
-    if pa.types.is_list(kind):
+    while pa.types.is_list(kind):
         kind, repeated = kind.value_type, True
     extract = {"fileSet": {"@id": files}, "extract": {"column": column.name}}
     value: dict[str, Any] = {

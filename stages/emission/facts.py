@@ -87,6 +87,7 @@ class Facts:
         windows: rows that models' windows didn't hold whole.
         splits: lines and prompts by split; prompts are counted where there are two splits.
         prefix: numbers of the data set of prefixes, None where there is none.
+        concepts: lines of the data set of concepts, by split.
         rewritten: emitted lines whose text was rewritten.
         columns: names of the emitted columns.
     """
@@ -105,6 +106,7 @@ class Facts:
     windows: Sequence[WindowFacts]
     splits: Mapping[str, tuple[int, int | None]]
     prefix: PrefixFacts | None
+    concepts: Mapping[str, int]
     rewritten: int
     columns: Sequence[str] = field(default=())
 

@@ -33,6 +33,15 @@ _CUT = re.compile(r"_truncated$|^embedding_chunks$")
 _SPENT = re.compile(r"^(.+_)?tokens$")
 PREFIX = ("prefix_kind", "prefix_prompt_ids", "prefix_ids", "prefix_text", "prefix_sampled_tokens")
 """Columns of the prefixes stage that make up a data set of their own."""
+CONCEPTS = (
+    "concept_input_ids",
+    "concept_ids",
+    "concept_scores",
+    "concept_row_ids",
+    "concept_row_scores",
+)
+"""The same of the concepts stage."""
+APART = (*PREFIX, *CONCEPTS)
 
 
 @dataclass
@@ -85,7 +94,10 @@ def provenance_columns(present: Sequence[str]) -> tuple[str, ...]:
     return tuple(
         name
         for name in present
-        if name not in own and not _HEAVY.search(name) and not name.startswith("prefix")
+        if name not in own
+        and name not in CONCEPTS
+        and not _HEAVY.search(name)
+        and not name.startswith("prefix")
     )
 
 
@@ -222,7 +234,7 @@ def _compact(table: pa.Table) -> pa.Table:
             pa.types.is_integer(column.type)
             or pa.types.is_floating(column.type)
             or pa.types.is_boolean(column.type)
-            or name in PREFIX
+            or name in APART
         ):
             columns[name] = column
     if "answer_effective" in columns:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stages.emission.formats import Layout, plan_layout
-from stages.emission.gather import PREFIX, Gathered
+from stages.emission.gather import APART, Gathered
 from stages.emission.provenance import provenance, provenance_type
 from stages.emission.sample import IntArray
 from stages.emission.settings import EmissionSettings
@@ -93,7 +93,7 @@ def write_shards(
         content_bytes(table[name])
         for _, table in gathered.chunks
         for name in table.schema.names
-        if name not in PREFIX
+        if name not in APART
     )
     shards: list[ShardFile] = []
     files: dict[str, bytes] = {}
@@ -108,16 +108,31 @@ def write_shards(
     return shards, files
 
 
-def write_prefixes(
-    tables: Mapping[str, pa.Table], metadata: Mapping[str, str]
+def write_lines(
+    folder: str, tables: Mapping[str, pa.Table], shard_bytes: int, metadata: Mapping[str, str]
 ) -> tuple[list[ShardFile], dict[str, bytes]]:
-    """One file a split: lines of prefixes are short."""
+    """Files of a data set beside the rows, with equal numbers of lines (up to one).
+
+    Args:
+        folder: of the files.
+        tables: lines by split, at least one each.
+        shard_bytes: target size of a file in uncompressed bytes.
+        metadata: for the files' footers.
+
+    Returns:
+        The files' facts, and their bytes by name.
+    """
     shards: list[ShardFile] = []
     files: dict[str, bytes] = {}
     for split, table in tables.items():
-        name = f"prefix/{split}-00000-of-00001.parquet"
-        files[name] = data_bytes(table, metadata)
-        shards.append(shard_file(name, split, table.num_rows, files[name]))
+        lines = table.num_rows
+        size = sum(content_bytes(table[name]) for name in table.schema.names)
+        count = min(lines, max(1, -(-size // shard_bytes)))
+        for i in range(count):
+            start, stop = i * lines // count, (i + 1) * lines // count
+            name = f"{folder}/{split}-{i:05d}-of-{count:05d}.parquet"
+            files[name] = data_bytes(table.slice(start, stop - start), metadata)
+            shards.append(shard_file(name, split, stop - start, files[name]))
     return shards, files
 
 

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from stages.base import Columns, Outcome, ShardedColumns
 from stages.emission.card import card_markdown, recipe_yaml
+from stages.emission.concepts import IDENTITY, concept_identity, concept_tables
 from stages.emission.croissant import croissant_json
 from stages.emission.decisions import Decisions, emitted_table, read_decisions
 from stages.emission.examples import (
@@ -25,7 +26,7 @@ from stages.emission.examples import (
 )
 from stages.emission.facts import Facts, source_facts, task_counts
 from stages.emission.gather import (
-    PREFIX,
+    APART,
     Gathered,
     audited_columns,
     gather,
@@ -42,7 +43,7 @@ from stages.emission.rejects import rejected_examples
 from stages.emission.report import Chosen, report_html
 from stages.emission.sample import FloatArray, IntArray, fill_quota, sampling_order, shuffled
 from stages.emission.settings import EmissionSettings
-from stages.emission.shards import ShardFile, plan_schema, write_prefixes, write_shards
+from stages.emission.shards import ShardFile, plan_schema, write_lines, write_shards
 from stages.emission.splits import prompt_count, split_rows
 from stages.emission.trainers import trainer_files
 from stages.errors import ConfigError, StageError
@@ -131,7 +132,7 @@ class EmissionStage:
                 "license",
                 *provenance_columns(self.present),
                 *audited_columns(self.present),
-                *PREFIX,
+                *APART,
             )
         )
         always = ("id", "source", "messages")
@@ -177,21 +178,28 @@ class EmissionStage:
         metadata = self._metadata(plan.records)
         shards, files = write_shards(gathered, splits, schema, self.settings.shard_bytes, metadata)
         prefixes = prefix_tables(gathered, splits)
-        prefix_shards, prefix_files = write_prefixes(prefixes, metadata)
+        concepts = concept_tables(gathered, splits)
+        beside: list[ShardFile] = []
+        for folder, tables in (("prefix", prefixes), ("concepts", concepts)):
+            more, written = write_lines(folder, tables, self.settings.shard_bytes, metadata)
+            beside += more
+            files |= written
         facts = self._facts(
             plan,
             targets,
             gathered,
             splits,
             mixture=mixture,
-            shards=[*shards, *prefix_shards],
+            shards=[*shards, *beside],
             prefix=prefix_facts(prefixes, gathered),
+            concepts={split: table.num_rows for split, table in concepts.items()},
             columns=schema.arrow.names,
         )
         trainers = trainer_files(facts.name, schema, facts.splits)
         rejects = rejected_examples(artifacts["ingest"], self.seed) if "ingest" in artifacts else []
-        files |= prefix_files
         files |= trainers.files
+        if concepts:
+            files[IDENTITY] = concept_identity(self.recipe, artifacts["dictionary"], facts.models)
         files["README.md"] = card_markdown(facts, self.version, trainers.notes)
         charts = mixture_charts(mixture, artifacts["mixture"]) if mixture is not None else []
         files["report.html"] = report_html(
@@ -247,6 +255,9 @@ class EmissionStage:
             mixture=lineage["mixture"],
             shards=shards,
             prefix=prefix_facts(prefix_tables(gathered, splits), gathered),
+            concepts={
+                split: table.num_rows for split, table in concept_tables(gathered, splits).items()
+            },
             columns=lineage["columns"],
         )
         rejects = rejected_examples(artifacts["ingest"], self.seed) if "ingest" in artifacts else []
@@ -294,6 +305,7 @@ class EmissionStage:
         mixture: Mapping[str, Any] | None,
         shards: list[ShardFile],
         prefix: PrefixFacts | None,
+        concepts: Mapping[str, int],
         columns: list[str],
     ) -> Facts:
         order = np.concatenate(list(splits.values()))
@@ -325,6 +337,7 @@ class EmissionStage:
                 for name, rows in splits.items()
             },
             prefix=prefix,
+            concepts=concepts,
             rewritten=int(gathered.rewritten[order].sum()),
             columns=columns,
         )

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
+    from stages.concepts.settings import ConceptsSettings
     from stages.features.settings import FeaturesSettings, Pooling
 
 TokenIds = Sequence[int]
@@ -142,6 +143,23 @@ class LatentCounts:
 
 
 @dataclass(frozen=True)
+class RowConcepts:
+    """The concepts of a row's tokens and of the row, strongest first.
+
+    Attributes:
+        ids: latents, int32 [tokens, slots]; -1 where a slot holds none.
+        scores: attributions, float32 [tokens, slots]; 0 there.
+        row_ids: latents of the row, int32.
+        row_scores: their mean attributions, float32.
+    """
+
+    ids: NDArray[np.int32]
+    scores: NDArray[np.float32]
+    row_ids: NDArray[np.int32]
+    row_scores: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
 class Embedded:
     """L2-normalised float32 vectors [n, d], and in how many chunks each text was embedded [n]."""
 
@@ -217,6 +235,16 @@ class FeatureReader(Protocol):
         self, sequences: Sequence[MaskedSequence], layer: int, dictionary: str
     ) -> LatentCounts:
         """How many of these rows, and of their tokens, activate each latent."""
+        ...
+
+    async def concepts(
+        self,
+        sequences: Sequence[MaskedSequence],
+        layer: int,
+        dictionary: str,
+        settings: ConceptsSettings,
+    ) -> list[RowConcepts]:
+        """Latents that bear on each kept token's next one, in input order."""
         ...
 
     async def latent_activations(

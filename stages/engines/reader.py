@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.engines import LatentCounts, MaskedSequence, RowFeatures
+from stages.engines import LatentCounts, MaskedSequence, RowConcepts, RowFeatures
 from stages.engines.batching import token_budget_batches
 from stages.engines.model_files import blocks_of, decoder_of, load_causal_lm, set_threads
 from stages.engines.settings import ModelSettings
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
     from scipy.sparse import csr_array
 
+    from stages.concepts.settings import ConceptsSettings
     from stages.features.encoding import TokenEncoder
     from stages.features.references import References
     from stages.features.settings import FeaturesSettings, Pooling
@@ -183,6 +184,44 @@ class TransformersReader:
                 found[row] = mine
         return found
 
+    def concepts(
+        self,
+        sequences: Sequence[MaskedSequence],
+        layer: int,
+        dictionary: str,
+        settings: ConceptsSettings,
+    ) -> list[RowConcepts]:
+        """Latents that bear on each kept token's next one, in input order.
+
+        The last token has no next one, and gets no concept. Rows are read one at a time.
+
+        Args:
+            sequences: of the rows.
+            layer: block whose output is encoded.
+            dictionary: URL of the dictionary's folder.
+            settings: how many concepts, and of what.
+        """
+        import torch
+
+        from stages.concepts.attribution import reconstructions, row_concepts
+        from stages.engines.own_path import own_gradients
+
+        self._end_at(layer)
+        self._end_at(None)
+        self._check_lengths([len(sequence.ids) for sequence in sequences])
+        sae = self._encoder(dictionary, self._model.device).autoencoder
+        found = []
+        for sequence in sequences:
+            places = [place for place, kept in enumerate(sequence.keep[:-1]) if kept]
+            own = own_gradients(
+                self._model, sequence.ids, places, layer, lambda x: reconstructions(sae, x)
+            )
+            with torch.inference_mode():
+                found.append(
+                    row_concepts(sae, own.states, own.gradient, places, len(sequence.ids), settings)
+                )
+        return found
+
     def close(self) -> None:
         """Release the model."""
         del self._model
@@ -213,11 +252,7 @@ class TransformersReader:
 
         self._end_at(layer)
         lengths = [len(sequence.ids) for sequence in sequences]
-        if lengths and max(lengths) > self._settings.max_length:
-            raise EngineError(
-                f"a sequence of {max(lengths)} tokens exceeds "
-                f"max_length={self._settings.max_length}"
-            )
+        self._check_lengths(lengths)
         for batch in token_budget_batches(lengths, self._settings.batch_tokens):
             width = lengths[batch[0]]
             ids = torch.zeros(len(batch), width, dtype=torch.long)
@@ -232,6 +267,13 @@ class TransformersReader:
                 hidden = self._hidden(ids, mask)
             place_of_token = keep.nonzero()[:, 0].numpy()
             yield batch, hidden[keep.to(hidden.device)], place_of_token
+
+    def _check_lengths(self, lengths: Sequence[int]) -> None:
+        if lengths and max(lengths) > self._settings.max_length:
+            raise EngineError(
+                f"a sequence of {max(lengths)} tokens exceeds "
+                f"max_length={self._settings.max_length}"
+            )
 
     def _hidden(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Output of the last remaining block, before the final norm, [rows, tokens, d]."""

@@ -46,6 +46,11 @@ class TokenEncoder:
         return self
 
     @property
+    def autoencoder(self) -> SparseAutoencoder:
+        """What it encodes with."""
+        return self._sae
+
+    @property
     def latents(self) -> int:
         """Width of a code."""
         return self._sae.config.d_sae
