@@ -14,9 +14,10 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from pipeline.recipe_file import explained, raw_values, resolve_paths
+from pipeline.recipe_file import raw_values, resolve_paths
 from stages.allocation.settings import AllocationSettings, RolloutsSettings
 from stages.base import Settings
+from stages.baselines.settings import BaselinesSettings
 from stages.dictionary.settings import DictionarySettings
 from stages.difficulty.settings import DifficultySettings
 from stages.embedding.settings import EmbeddingSettings
@@ -24,6 +25,8 @@ from stages.emission.settings import EmissionSettings
 from stages.engines.local import CALLS_IN_FLIGHT
 from stages.engines.settings import ModelSettings
 from stages.errors import ConfigError
+from stages.explained import explained
+from stages.explanation.settings import ExplanationSettings
 from stages.features.settings import FeaturesSettings
 from stages.ingest.settings import ContaminationSettings, IngestSettings
 from stages.licenses import WRITERS, LicensePolicy
@@ -36,6 +39,7 @@ from stages.selection.settings import SelectionSettings
 from stages.sources.settings import Source, Target
 from stages.storage import Store
 from stages.thinking.settings import ThinkingSettings
+from stages.valuation.settings import ValuationSettings
 
 
 class Placement(Settings):
@@ -118,7 +122,10 @@ class Recipe(BaseModel):
     dictionary: DictionarySettings | None = None
     features: FeaturesSettings | None = None
     embedding: EmbeddingSettings | None = None
+    baselines: BaselinesSettings | None = None
+    valuation: ValuationSettings | None = None
     selection: SelectionSettings = SelectionSettings()
+    explanation: ExplanationSettings | None = None
     mixture: MixtureSettings | None = None
     emission: EmissionSettings = EmissionSettings()
 
@@ -139,6 +146,8 @@ class Recipe(BaseModel):
             raise ValueError(f"ingest.near_duplicates.prefer names {unknown[0]!r}, no source")
         if self.features and not self.dictionary:
             raise ValueError("features needs a dictionary section")
+        if self.explanation and not self.features:
+            raise ValueError("explanation needs a features section: it explains similarities")
         for section in ("pass_rate", "reflection"):
             settings = getattr(self, section)
             named = set(settings.checks) if settings else set()
@@ -154,11 +163,17 @@ class Recipe(BaseModel):
             raise ValueError(
                 "allocation and rollouts go together: one shares the budget, the other spends it"
             )
-        if self.mixture and not self.embedding:
-            raise ValueError("mixture needs an embedding section")
-        for section in ("dictionary", "features", "mixture"):
+        for section in ("mixture", "valuation"):
+            if getattr(self, section) and not self.embedding:
+                raise ValueError(f"{section} needs an embedding section")
+        for section in ("dictionary", "features", "mixture", "valuation"):
             if getattr(self, section) and not self.targets:
                 raise ValueError(f"{section} needs targets: name at least one")
+        if self.baselines and self.baselines.to_targets and not self.targets:
+            raise ValueError(
+                f"baselines.scores: {self.baselines.to_targets[0]} compares rows with the targets: "
+                "name at least one"
+            )
         for section, role in _MODEL_ROLES:
             settings = getattr(self, section)
             if settings and getattr(settings, role) not in self.models:

@@ -37,7 +37,7 @@ def rendered_report(url: str) -> str:
     manifest = read_manifest(run, "emission")
     if manifest is None:
         raise ConfigError(f"{url} has no data set yet; `tamis run` its recipe first")
-    config = _config_of(run)
+    config = config_of(run)
     flow = flow_of(config)
     stage = flow.sets["emission"]
     assert isinstance(stage, EmissionStage)
@@ -61,8 +61,12 @@ def rendered_report(url: str) -> str:
     return f"{dataset.url}/{REPORT}"
 
 
-def _config_of(run: Store) -> Config:
-    """The recipe that a run was made with, as it lies there."""
+def config_of(run: Store) -> Config:
+    """The recipe that a run was made with, as it lies there.
+
+    Raises:
+        ConfigError: it is of another version of tamis.
+    """
     recipe = yaml.safe_load(run.read_bytes("recipe.yaml"))
     try:
         return Config.model_validate({**recipe, "execution": {"run": run.url}})

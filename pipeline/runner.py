@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import heapq
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +33,8 @@ from stages.base import UNSEEN, Checked, RowStage, in_turn
 from stages.engines.chat_cache import Spent
 from stages.errors import ConfigError, StageError
 from stages.ingest import SCRATCH, content_of, ingest
-from stages.rows import NOT_REQUESTED, OK, key_hash
+from stages.requests import lowest_keys
+from stages.rows import NOT_REQUESTED, OK
 from stages.rules import rule_columns, rule_mask
 from stages.sources.settings import Source
 from stages.storage import Store, parquet_bytes
@@ -130,6 +130,18 @@ class Run:
                 found[stage] = own or differing
         return found
 
+    def is_complete(self, last: str) -> bool:
+        """Whether a stage and all before it are there, as they would be computed now.
+
+        Raises:
+            ConfigError: a source isn't there.
+        """
+        for name in self.flow.names[: self.flow.names.index(last) + 1]:
+            manifest = read_manifest(self.store, name)
+            if manifest is None or not self._is_current(name, manifest, self._inputs(name)):
+                return False
+        return True
+
     async def _execute(self, names: Sequence[str]) -> None:
         self._restart()
         self.store.write_bytes("recipe.yaml", recipe_yaml(self.config).encode())
@@ -190,7 +202,7 @@ class Run:
         if read_identity(self.store, name) != self.identities[name]:
             return False
         if name in self.flow.fits and not self._refits(name):
-            kept = ("targets", *self.flow.fits[name].artifacts())
+            kept = {"targets", *self.flow.fits[name].artifacts()} & set(inputs)
             return all(manifest["inputs"].get(key) == inputs.get(key) for key in kept)
         return bool(manifest["inputs"] == dict(inputs))
 
@@ -218,6 +230,8 @@ class Run:
             if earlier == "ingest":
                 split = manifest["report"]["digests"]
                 found |= {"rows": split["rows"], "targets": split["targets"]}
+                if name in self.flow.fits and not self.flow.fits[name].on_targets:
+                    del found["targets"]
                 if beside := self._beside_digests(name):
                     found["beside"] = beside
                 if name in self.flow.rows and UNSEEN in self.flow.rows[name].artifacts():
@@ -427,8 +441,7 @@ class Run:
             table = read_columns(self.store, part, names, homes)
             if where:
                 table = table.filter(rule_mask(where, table))
-            fresh = [key_hash(row, self.config.seed) for row in table["id"].to_pylist()]
-            keys = heapq.nsmallest(limit, [*keys, *fresh])
+            keys = lowest_keys(table["id"].to_pylist(), self.config.seed, limit, keys)
         return keys[-1] if keys else 0
 
     def _with_reuse(

@@ -19,6 +19,7 @@ from stages.storage import Store
 
 _LONGEST = 400
 _MOST = 10
+_LISTED = 40
 _MARKS = {"equal": "{}", "delete": "[-{}-]", "insert": "{{+{}+}}"}
 _OWN = ("id", "key", "messages_reflected", "embedding", "prefix_prompt_ids", "prefix_ids")
 """Columns that are shown otherwise, or say nothing to a person."""
@@ -40,6 +41,22 @@ def story(url: str, row: str, *, full: bool = False) -> str:
     return "\n".join(_Story(opened_run(url), full).lines(row))
 
 
+def found_row(run: Store, row: str) -> tuple[str, int, dict[str, Any]] | None:
+    """Shard, place and record of the row whose id begins so; None where no row's does."""
+    hits: list[tuple[str, int, str]] = []
+    for part in parts(run, "ingest"):
+        ids = run.read_table(f"ingest/{part}", ["id"])["id"]
+        places = pc.indices_nonzero(pc.starts_with(ids, row)).to_pylist()
+        hits += [(part, place, ids[place].as_py()) for place in places]
+    if not hits:
+        return None
+    if len(hits) > 1:
+        raise ConfigError(f"{len(hits)} rows begin with {row}: {', '.join(h[2] for h in hits[:5])}")
+    part, place, _ = hits[0]
+    record = run.read_table(f"ingest/{part}").slice(place, 1).to_pylist()[0]
+    return part, place, record
+
+
 @dataclass(frozen=True)
 class _Story:
     """Reads a run to tell of one row."""
@@ -48,7 +65,7 @@ class _Story:
     full: bool
 
     def lines(self, row: str) -> list[str]:
-        found = self._found(row)
+        found = found_row(self.run, row)
         if found is None:
             return self._rejected(row)
         part, place, record = found
@@ -70,23 +87,6 @@ class _Story:
                 lines += self._changes(record["messages"], values["messages_reflected"])
         return lines + self._decision(record)
 
-    def _found(self, row: str) -> tuple[str, int, dict[str, Any]] | None:
-        """Shard, place and record of the row whose id begins so; None where no row's does."""
-        hits: list[tuple[str, int, str]] = []
-        for part in parts(self.run, "ingest"):
-            ids = self.run.read_table(f"ingest/{part}", ["id"])["id"]
-            places = pc.indices_nonzero(pc.starts_with(ids, row)).to_pylist()
-            hits += [(part, place, ids[place].as_py()) for place in places]
-        if not hits:
-            return None
-        if len(hits) > 1:
-            raise ConfigError(
-                f"{len(hits)} rows begin with {row}: {', '.join(h[2] for h in hits[:5])}"
-            )
-        part, place, _ = hits[0]
-        record = self.run.read_table(f"ingest/{part}").slice(place, 1).to_pylist()[0]
-        return part, place, record
-
     def _rejected(self, row: str) -> list[str]:
         """The story of a row that ingest rejected."""
         hits = self._rejects(lambda rejects: pc.starts_with(rejects["id"], row))
@@ -104,7 +104,7 @@ class _Story:
             lines.append(_line("ingest", f"rejected: {hit['reason']}"))
             if hit["overlap"] is not None:
                 lines.append(_line("", f"they share: {self._cut(hit['overlap'])}"))
-        kept = self._found(hits[0]["kept"]) if hits[0]["kept"] is not None else None
+        kept = found_row(self.run, hits[0]["kept"]) if hits[0]["kept"] is not None else None
         if kept is not None:
             lines.append(_line("kept", f"{kept[2]['id']}: {_origin(kept[2])}"))
             lines += self._turns("", kept[2]["messages"])
@@ -159,7 +159,7 @@ class _Story:
         ranked = "" if score is None else f" (score {score:.4g})"
         lines = [_line("selection", f"{'kept' if keep else 'dropped'}: {reason}{ranked}")]
         other = re.search(r"\b[0-9a-f]{32}\b", reason)
-        named = self._found(other.group()) if other else None
+        named = found_row(self.run, other.group()) if other else None
         if named is not None:
             asked = self._cut(instruction(named[2]["messages"]) or "")
             lines.append(_line("", f"that row is of {_origin(named[2])}: {asked}"))
@@ -212,7 +212,8 @@ def _values(stage: str, values: Mapping[str, Any]) -> str:
     for name, value in values.items():
         if name in (*_OWN, f"{stage}_status") or value is None:
             continue
-        shown.append(f"{name} {_number(value)}")
+        long = isinstance(value, list) and len(value) > _LISTED
+        shown.append(f"{name} {f'{len(value)} values' if long else _number(value)}")
     return ", ".join(shown)
 
 

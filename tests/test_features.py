@@ -365,3 +365,23 @@ def test_pooling_over_chunks_equals_pooling_of_all_codes(architecture: Any) -> N
             pooled.mean, torch.stack([c.double().mean(0) for c in codes]).float()
         )
         torch.testing.assert_close(pooled.peak, torch.stack([c.amax(0) for c in codes]))
+
+
+def test_another_pooling_or_other_targets_train_nothing_again(recipe: Any, execute: Any) -> None:
+    execute()
+    weights = recipe.run_folder / "dictionary" / "sae_weights.safetensors"
+    before = weights.read_bytes()
+    recipe.value["features"] = {"pooling": "max", "metric": "cosine"}
+    done = execute(restart_from="prototypes")
+    assert done.kinds("dictionary") == ["kept"]
+    assert "done" in done.kinds("prototypes")
+    recipe.value["features"]["metric"] = "jaccard"
+    done = execute(restart_from="features")
+    assert done.kinds("prototypes") == ["kept"]
+    recipe.write_rows("plums", 0, 6)
+    done = execute()
+    assert done.kinds("dictionary") == ["kept"]
+    assert "done" in done.kinds("prototypes")
+    prototypes = read_prototypes(Store(str(recipe.run_folder / "prototypes")))
+    assert prototypes.targets.shape[0] == 6
+    assert weights.read_bytes() == before

@@ -51,6 +51,7 @@ class AllocationStage:
 
     name = "allocation"
     version = 1
+    on_targets = False
 
     def __init__(self, settings: AllocationSettings, pass_rate: PassRateSettings) -> None:
         """Keep the settings.

@@ -19,7 +19,7 @@ from stages.engines.model_files import cached_tokenizer, decoder_shape, set_thre
 from stages.engines.settings import ModelSettings
 from stages.errors import RowError, StageError
 from stages.features.tokens import masked_sequence
-from stages.rows import key_hash
+from stages.sampling import sampled_ids
 from stages.storage import Store
 
 if TYPE_CHECKING:
@@ -45,6 +45,11 @@ class DictionaryStage:
         self.settings = settings
         self._student = models[settings.student]
         self._seed = seed
+
+    @property
+    def on_targets(self) -> bool:
+        """Whether target rows are reconstructed, to judge a dictionary that was brought."""
+        return self.settings.path is not None
 
     def columns(self) -> Columns:
         """Reads the text that stands after reflection."""
@@ -161,7 +166,7 @@ class DictionaryStage:
         self, columns: ShardedColumns, reader: FeatureReader
     ) -> NDArray[np.float32]:
         """Activations of `tokens` tokens drawn without bias from the sampled rows, [tokens, d]."""
-        sampled = _sampled_ids(columns, self.settings.rows, self._seed)
+        sampled = sampled_ids(columns, self.settings.rows, self._seed)
         draws = np.random.default_rng([self._seed, 1])
         kept: NDArray[np.float32] | None = None
         keys: NDArray[np.float64] = np.zeros(0)
@@ -239,14 +244,6 @@ class DictionaryStage:
                 # A row without usable tokens teaches nothing; features gives it its status.
                 sequences.append(None)
         return sequences
-
-
-def _sampled_ids(columns: ShardedColumns, rows: int, seed: int) -> set[str]:
-    """The ids of lowest hash: which rows are read doesn't depend on their order."""
-    ids = [row for table in columns.iter(("id",)) for row in table["id"].to_pylist()]
-    if len(ids) <= rows:
-        return set(ids)
-    return set(sorted(ids, key=lambda row: key_hash(row, seed))[:rows])
 
 
 def _split(

@@ -21,7 +21,9 @@ from stages.errors import StageError
 from stages.licenses import license_name
 from stages.rows import MESSAGES, ROWS, effective_messages, instruction
 
-_HEAVY = re.compile(r"(^|_)(vector|embedding|code|latent|activation|indices|feature)s?($|_)")
+_HEAVY = re.compile(
+    r"(^|_)(vector|embedding|code|latent|activation|indices|feature|by_target)s?($|_(?!similarity))"
+)
 _CHARTED = re.compile(
     r"^(r?ifd|ifd_before|ifd_effective|loss_conditional|p_think|pass_rate|budgeted_pass_rate"
     r"|failed_step_fraction|similarity.*)$"

@@ -84,6 +84,7 @@ def report_html(
     order: IntArray,
     chosen: Chosen,
     rejects: Sequence[Mapping[str, Any]],
+    explained: Sequence[Mapping[str, Any]] = (),
 ) -> bytes:
     """The page. Its times are the manifests', so they differ between runs of one recipe.
 
@@ -94,6 +95,7 @@ def report_html(
         order: emitted row numbers, copies included.
         chosen: the rows that are shown.
         rejects: rejected records that are shown.
+        explained: selected rows with the latents that they share with their task.
     """
     emitted = np.unique(order)
     ranked = chosen.ranked
@@ -102,6 +104,7 @@ def report_html(
     )
     environment.filters["n"] = _number
     environment.filters["duration"] = _duration
+    environment.filters["percent"] = _percent
     hardest, easiest, searched = (
         shown_examples(gathered, rows, emitted, decisions, ranked.values)
         for rows in (ranked.hardest, ranked.easiest, chosen.searched)
@@ -130,6 +133,8 @@ def report_html(
             for name in similar
             if (charts := _charts(gathered, decisions, emitted, facts, name))
         ],
+        explained=explained,
+        coverage=_activation_coverage(facts),
         reflection=reflection_view(gathered, decisions, emitted),
         outcomes=_outcomes(gathered),
         hardest=hardest,
@@ -153,6 +158,12 @@ def report_html(
 
 def _resource(name: str) -> str:
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
+def _activation_coverage(facts: Facts) -> Mapping[str, Any] | None:
+    """What selection reported of the targets' features; None where no features were asked for."""
+    reports = [stage.report for stage in facts.stages if stage.name == "selection"]
+    return reports[0].get("activation_coverage") if reports else None
 
 
 def _licenses(facts: Facts) -> list[Bar]:
@@ -253,6 +264,10 @@ def _number(value: npt.ArrayLike | None) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:,.4g}"
+
+
+def _percent(share: float | None) -> str:
+    return "\u2013" if share is None else f"{share:.1%}"
 
 
 def _duration(seconds: float | None) -> str:

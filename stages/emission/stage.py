@@ -45,6 +45,7 @@ from stages.emission.shards import ShardFile, plan_schema, write_prefixes, write
 from stages.emission.splits import prompt_count, split_rows
 from stages.emission.trainers import trainer_files
 from stages.errors import ConfigError, StageError
+from stages.explanation.stage import EXPLANATIONS
 from stages.mixture.emitted import emitted_value
 from stages.mixture.settings import MixtureSettings
 from stages.storage import Store
@@ -190,7 +191,9 @@ class EmissionStage:
         files |= prefix_files
         files |= trainers.files
         files["README.md"] = card_markdown(facts, self.version, trainers.notes)
-        files["report.html"] = report_html(facts, gathered, plan.decisions, order, chosen, rejects)
+        files["report.html"] = report_html(
+            facts, gathered, plan.decisions, order, chosen, rejects, _explained(artifacts)
+        )
         files["lineage.json"] = lineage_json(facts, self.version)
         files["croissant.json"] = croissant_json(facts, schema.arrow)
         files["recipe.yaml"] = recipe_yaml(self.recipe)
@@ -244,7 +247,9 @@ class EmissionStage:
             columns=lineage["columns"],
         )
         rejects = rejected_examples(artifacts["ingest"], self.seed) if "ingest" in artifacts else []
-        return report_html(facts, gathered, plan.decisions, order, chosen, rejects)
+        return report_html(
+            facts, gathered, plan.decisions, order, chosen, rejects, _explained(artifacts)
+        )
 
     def _plan(self, artifacts: Mapping[str, Store]) -> Plan:
         """Quotas, from what selection and the mixture decided."""
@@ -401,6 +406,15 @@ class EmissionStage:
             "tamis.recipe": str(self.recipe.get("name") or ""),
             "tamis.seed": str(self.seed),
         }
+
+
+def _explained(artifacts: Mapping[str, Store]) -> list[dict[str, Any]]:
+    """Rows with the latents that they share with their task; none where no stage explained any."""
+    store = artifacts.get("explanation")
+    if store is None or not store.exists(EXPLANATIONS):
+        return []
+    explained: list[dict[str, Any]] = store.read_json(EXPLANATIONS)
+    return explained
 
 
 def _report(facts: Facts) -> dict[str, Any]:

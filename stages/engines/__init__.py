@@ -160,6 +160,12 @@ class TokenScorer(Protocol):
         """Log-probabilities of chosen ids as the token after every prompt, in input order."""
         ...
 
+    async def projected_gradients(
+        self, requests: Sequence[ScoreRequest], rank: int, dimensions: int, seed: int
+    ) -> NDArray[np.float32]:
+        """Projected adapter gradient of every target's mean loss, float32 [n, dimensions]."""
+        ...
+
     async def gradient_norms(self, requests: Sequence[ScoreRequest]) -> NDArray[np.float64]:
         """L2 norm of the gradient of every target's summed loss, input embeddings, [n]."""
         ...
@@ -185,9 +191,9 @@ class FeatureReader(Protocol):
         ...
 
     async def mean_states(
-        self, sequences: Sequence[MaskedSequence], layer: int
+        self, sequences: Sequence[MaskedSequence], layer: int | None
     ) -> NDArray[np.float32]:
-        """Mean residual stream of every row's kept tokens, float32 [rows, d]."""
+        """Mean residual stream of every row's kept tokens, float32 [rows, d]; None: last block."""
         ...
 
     async def features(

@@ -56,8 +56,15 @@ class TransformersReader:
                 states[row] = values[row_of_token == place]
         return np.concatenate(states) if states else np.zeros((0, self._width), np.float32)
 
-    def mean_states(self, sequences: Sequence[MaskedSequence], layer: int) -> NDArray[np.float32]:
-        """Mean residual stream of every row's kept tokens, float32 [rows, d], in input order."""
+    def mean_states(
+        self, sequences: Sequence[MaskedSequence], layer: int | None
+    ) -> NDArray[np.float32]:
+        """Mean residual stream of every row's kept tokens, float32 [rows, d], in input order.
+
+        Args:
+            sequences: of the rows.
+            layer: block whose output is read; None: the last.
+        """
         means = np.zeros((len(sequences), self._width), dtype=np.float32)
         for rows, hidden, row_of_token in self._kept_states(sequences, layer):
             sums = np.zeros((len(rows), self._width), dtype=np.float64)
@@ -196,7 +203,7 @@ class TransformersReader:
                 yield rows, self._encoder(dictionary, hidden.device), hidden.float(), lengths
 
     def _kept_states(
-        self, sequences: Sequence[MaskedSequence], layer: int
+        self, sequences: Sequence[MaskedSequence], layer: int | None
     ) -> Iterator[tuple[list[int], torch.Tensor, NDArray[np.int64]]]:
         """Batches: row numbers, states of kept tokens [tokens, d], each token's place in rows.
 
@@ -241,8 +248,8 @@ class TransformersReader:
         output = caught[0]
         return output[0] if isinstance(output, tuple) else output
 
-    def _end_at(self, layer: int) -> None:
-        """Have the forward pass end after a block."""
+    def _end_at(self, layer: int | None) -> None:
+        """Have the forward pass end after a block; None: the last."""
         decoder = decoder_of(self._model)
         if self._blocks is None:
             self._blocks = blocks_of(decoder)
@@ -251,14 +258,14 @@ class TransformersReader:
                 f"model {self._settings.model}: its decoder has no list of blocks named 'layers' "
                 "or 'h', so its residual stream can't be read"
             )
-        if layer >= len(self._blocks):
+        if layer is not None and layer >= len(self._blocks):
             raise EngineError(
                 f"model {self._settings.model}: layer {layer} was asked for, "
                 f"and it has {len(self._blocks)} blocks (counted from 0)"
             )
         # Under the name that the decoder has for its blocks.
         name = "layers" if hasattr(decoder, "layers") else "h"
-        setattr(decoder, name, self._blocks[: layer + 1])
+        setattr(decoder, name, self._blocks[: None if layer is None else layer + 1])
 
     def _encoder(self, url: str, device: torch.device | None = None) -> TokenEncoder:
         """The encoder of the autoencoder in a dictionary's folder, read once."""

@@ -19,6 +19,8 @@ from stages.errors import EngineError
 if TYPE_CHECKING:
     import torch
 
+    from stages.engines.lora_gradients import LoraGradients
+
 _LOGIT_ROWS = 512
 """Positions whose logits are held at once: 512 x 49,152 x 4 bytes is 100 MB."""
 
@@ -51,6 +53,7 @@ class TransformersScorer:
         self._model = load_causal_lm(settings)
         self._model.requires_grad_(False)
         self._packed = use_packed_attention(self._model)
+        self._gradients: tuple[tuple[int, int, int], LoraGradients] | None = None
 
     def score(self, requests: Sequence[ScoreRequest]) -> LogLikelihoods:
         """Sum and count of target log-probabilities (log-softmax in float32), in input order.
@@ -140,6 +143,39 @@ class TransformersScorer:
                 norms[place] = float(gradient.double().norm())
             weight.requires_grad_(False)
         return norms
+
+    def projected_gradients(
+        self, requests: Sequence[ScoreRequest], rank: int, dimensions: int, seed: int
+    ) -> NDArray[np.float32]:
+        """Projected adapter gradient of every target's mean loss, in input order.
+
+        One forward and one backward pass a request, whose activations are held.
+
+        Args:
+            requests: each with a prompt and a target of at least one token.
+            rank: of the adapters.
+            dimensions: of the projection.
+            seed: of the adapters and the projection.
+
+        Returns:
+            float32 [n, dimensions]; see `LoraGradients`.
+
+        Raises:
+            EngineError: a request has no prompt or no target, or is longer than the window.
+        """
+        self._fitting([len(prompt) + len(target) for prompt, target in requests])
+        if any(not prompt or not target for prompt, target in requests):
+            raise EngineError("a gradient needs a prompt and a target of at least one token each")
+        drawn = (rank, dimensions, seed)
+        if self._gradients is None or self._gradients[0] != drawn:
+            from stages.engines.lora_gradients import LoraGradients
+
+            gradients = LoraGradients(self._model, rank, dimensions, seed, packed=self._packed)
+            self._gradients = drawn, gradients
+        found = np.zeros((len(requests), dimensions), dtype=np.float32)
+        for place, request in enumerate(requests):
+            found[place] = self._gradients[1](request).cpu().numpy()
+        return found
 
     def close(self) -> None:
         """Release the model."""

@@ -49,25 +49,3 @@ def generalised_jaccard(z: Tensor, prototypes: Tensor) -> Tensor:
     union = row_sum + task_sum - shared
     similarity = torch.where(union > 0, shared / union, 0.0)
     return similarity.reshape(z.shape[:-1] + prototypes.shape[:-1])
-
-
-def prototype(codes: Tensor) -> Tensor:
-    """Return the task prototype: the arithmetic mean of the codes of its examples.
-
-    A mean stays on the scale of one code. A sum would be larger than every sample by the number
-    of examples, and all similarities to it would collapse towards zero.
-
-    Args:
-        codes: ``[examples, n]``, floating point.
-
-    Returns:
-        ``[n]`` in the dtype of ``codes``; the sum runs in float64.
-
-    Raises:
-        ValueError: If there is no example or ``codes`` is not two-dimensional.
-
-    Source: MoNA, equation 8.
-    """
-    if codes.ndim != 2 or codes.shape[0] == 0:
-        raise ValueError(f"codes must be [examples, n] with examples, got {tuple(codes.shape)}")
-    return codes.mean(dim=0, dtype=torch.float64).to(codes.dtype)

@@ -34,7 +34,8 @@ def latent_weights(
         weights *= inverse_frequencies(frequencies)
     if not weights.any():
         raise StageError(
-            "mask_dead, max_frequency and idf leave no latent; raise features.max_frequency",
+            "mask_dead, max_frequency and idf leave no latent that is active; leave one of "
+            "them out, or raise features.max_frequency",
             stage="features",
         )
     return weights

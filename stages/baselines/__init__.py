@@ -1,0 +1,1 @@
+"""Baselines: the scores that any selection should be compared with."""

@@ -1,0 +1,1 @@
+"""Explanations: the latents that made rows similar to the targets, and where they are active."""
