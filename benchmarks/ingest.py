@@ -372,7 +372,15 @@ def main() -> None:
         folder = Path(temporary)
         (folder / "rows").mkdir()
         report["bytes"] = write_rows(folder / "rows", chosen.rows, chosen.seed)
-        sides = {side: measured(side, folder / "rows") for side in SIDES}
+        sides = {}
+        for side in SIDES:
+            sides[side] = found = measured(side, folder / "rows")
+            print(
+                f"{side:<12}{found['seconds']:>8.1f} s ({found['cpu_seconds']:.1f} s of "
+                f"processors) {found['rows']:>10,} rows, {found['kept']:>10,} kept, "
+                f"peak {found['peak_bytes'] / (1 << 30):.2f} GiB",
+                flush=True,
+            )
         report["sides"] = sides
         exact = sides["exact_ours"]["seconds"] / sides["exact_plain"]["seconds"]
         added = sides["near_ours"]["seconds"] - sides["exact_ours"]["seconds"]
@@ -380,12 +388,6 @@ def main() -> None:
         report |= {"exact_ratio": exact, "near_ratio": near, **_cpu_ratios(sides)}
         if sides["exact_ours"]["kept"] != sides["exact_plain"]["kept"]:
             raise SystemExit(f"the sides keep different numbers of rows: {sides}")
-        for side, found in sides.items():
-            print(
-                f"{side:<12}{found['seconds']:>8.1f} s "
-                f"({found['cpu_seconds']:.1f} s of processors) {found['rows']:>10,} rows, "
-                f"{found['kept']:>10,} kept, peak {found['peak_bytes'] / (1 << 30):.2f} GiB"
-            )
         print(
             f"exact: {exact:.2f} times the plain script (at most {MOST_EXACT:g}), "
             f"{report['exact_cpu_ratio']:.2f} times its processor time"

@@ -15,10 +15,10 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 from numpy.typing import NDArray
 
@@ -40,11 +40,13 @@ def words(text: str) -> list[str]:
     A character of a script without spaces is a word. Signs inside a word stay, so that `2+3` and
     `2-3` differ.
     """
-    if text.isascii():
-        found = text.lower().split()
-    else:
-        found = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+    found = text.lower().split() if text.isascii() else _folded_words(text)
     return [word for raw in found if (word := raw.strip(_AROUND))]
+
+
+def _folded_words(text: str) -> list[str]:
+    """Words with the punctuation around them."""
+    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
 @dataclass(frozen=True)
@@ -87,15 +89,27 @@ def hashed_words(texts: Sequence[str]) -> HashedWords:
     Raises:
         UnicodeEncodeError: a text holds half a character (a lone surrogate).
     """
-    lists = [words(text) for text in texts]
-    offsets = np.concatenate([[0], np.cumsum([len(one) for one in lists], dtype=np.int64)])
+    flat, offsets = _flat_words(texts)
     # A text repeats most of its words: each is hashed once.
-    encoded = pa.array(chain.from_iterable(lists), pa.string()).dictionary_encode()
+    encoded = flat.dictionary_encode()
     distinct = [xxhash.xxh3_64_intdigest(word.encode()) for word in encoded.dictionary.to_pylist()]
     hashes = np.array(distinct, np.uint64)[encoded.indices.to_numpy()]
     shift, unshift = (_powers(base, len(hashes)) for base in (_BASE, _INVERSE))
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(hashes * shift[:-1])])
-    return HashedWords(offsets.astype(np.int64), sums, unshift)
+    return HashedWords(offsets, sums, unshift)
+
+
+def _flat_words(texts: Sequence[str]) -> tuple[pa.Array, IntArray]:
+    """What `words` gives for each text, in one array, and the words before each text.
+
+    Arrow's kernels split and strip as Python does, in a third of the time.
+    """
+    plain = [text if text.isascii() else " ".join(_folded_words(text)) for text in texts]
+    lists = pc.utf8_split_whitespace(pc.ascii_lower(pa.array(plain, pa.large_string())))
+    found = pc.utf8_trim(lists.flatten(), characters=_AROUND)
+    filled = pc.greater(pc.binary_length(found), 0)
+    before = np.concatenate([[0], np.cumsum(filled.to_numpy(zero_copy_only=False))])
+    return found.filter(filled), before[lists.offsets.to_numpy()].astype(np.int64)
 
 
 def _powers(base: int, highest: int) -> HashArray:

@@ -89,8 +89,8 @@ def found_in(
             for text in texts[start : start + rows_per_shard]
         ]  # fmt: skip
         schema = pa.schema([ROWS.field("source"), ROWS.field("messages")])
-        parts.append((f"part-{len(parts):05d}.parquet", len(rows)))
-        store.write_table(parts[-1][0], pa.Table.from_pylist(rows, schema=schema))
+        parts.append((f"part-{len(parts):05d}.arrow", len(rows)))
+        store.write_arrow(parts[-1][0], pa.Table.from_pylist(rows, schema=schema))
     return found_near_duplicates(store, parts, wanted, {"s": 0}, each)
 
 

@@ -27,6 +27,16 @@ def test_written_tables_and_metadata_come_back(store: Store) -> None:
     assert store.names("absent") == []
 
 
+def test_arrow_files_come_back(store: Store) -> None:
+    table = pa.table({"a": [1, None, 3], "b": ["x", "y", None], "c": [[1], [], [2, 3]]})
+    labels = pa.array(["u", "v", "u"]).dictionary_encode()
+    table = table.append_column("d", labels)
+    halves = pa.concat_tables([table.slice(0, 1), table.slice(1)])
+    store.write_arrow("folder/t.arrow", halves)
+    assert store.read_arrow("folder/t.arrow").equals(table)
+    assert store.read_arrow("folder/t.arrow", ["b", "d"]).equals(table.select(["b", "d"]))
+
+
 def test_names_size_rename_and_remove(store: Store) -> None:
     store.write_bytes("b", b"12")
     store.write_bytes("a/c", b"345")

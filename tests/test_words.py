@@ -15,6 +15,7 @@ from stages.words import hashed_words, words
 
 ROOT = Path(__file__).resolve().parents[1]
 
+ODD = "\x00\x0b\x1c\x1f\x85\xa0\u2028\u3000İßﬁᏻ𠀀求ไ.“_ \n"
 texts = st.lists(st.text(alphabet="ab. \n", max_size=30), max_size=8)
 
 
@@ -55,6 +56,18 @@ def test_ngrams_have_equal_numbers_where_they_are_equal(found: list[str], n: int
     assert len(numbers) == len(expected)
     pairs = list(zip(expected, numbers.tolist(), strict=True))
     assert all((a == b) == (m == k) for a, m in pairs for b, k in pairs)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.lists(st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(ODD)))))
+def test_hashed_words_are_the_words_of_any_text(found: list[str]) -> None:
+    numbers, before = hashed_words(found).ngrams(1)
+    lists = [words(text) for text in found]
+    assert np.diff(before).tolist() == [len(one) for one in lists]
+    flat = [word for one in lists for word in one]
+    of = dict(zip(flat, numbers.tolist(), strict=True))
+    assert [of[word] for word in flat] == numbers.tolist()
+    assert len(set(of.values())) == len(of)
 
 
 def test_numbers_are_the_same_in_every_process() -> None:

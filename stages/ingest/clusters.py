@@ -87,7 +87,7 @@ def _rows_of(store: Store, sketches: Sequence[tuple[str, int]], rows: IntArray) 
     tables = []
     for (name, _), start, end in zip(sketches, bounds[:-1], bounds[1:], strict=True):
         if start < end:
-            table = store.read_table(name)
+            table = store.read_arrow(name)
             places = np.searchsorted(table["row"].to_numpy(), rows[start:end])
             tables.append(table.take(pa.array(places)))
     return pa.concat_tables(tables)

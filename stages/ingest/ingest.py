@@ -10,7 +10,7 @@ rows are rejected that
 
 Memory holds a batch of rows and a shard, the words of targets and evaluation sets (about 200 bytes
 each), and for each row 16 bytes of id (with Python's overhead about 110). Near duplicates add about
-40 bytes a row; rows are then first written to `scratch/`, which is removed.
+70 bytes a row; rows are then first written to `scratch/`, which is removed.
 """
 
 from __future__ import annotations
@@ -126,6 +126,7 @@ class _Ingest:
             folder=SCRATCH,
             max_rows=_SCRATCH_ROWS,
             max_chars=_SCRATCH_CHARS,
+            scratch=True,
         )
         self._targets = ShardWriter(store, TARGETS, metadata, folder="targets")
         self._rejects = ShardWriter(

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+import orjson
 import pyarrow as pa
 
 from stages.base import Each
@@ -16,7 +17,6 @@ from stages.ingest.clusters import Duplicates, near_duplicates
 from stages.ingest.parse import Reject
 from stages.ingest.settings import NearDuplicateSettings
 from stages.ingest.sketch import SketchTask, band_names, write_sketch
-from stages.rows import canonical_json
 from stages.sources.readers import shown
 from stages.sources.settings import Source
 from stages.storage import Store
@@ -24,6 +24,9 @@ from stages.words import IntArray
 
 _TASK_ROWS = 65_536
 """Candidates verified in one task, unless more of them hang together: about 2 KB each."""
+
+_REJECTED = ["id", "source", "messages", "tools", "answer", "file", "record", "end_markers"]
+"""Columns of a row that its reject, or the report, has something of."""
 
 
 def source_ranks(sources: Sequence[Source], settings: NearDuplicateSettings) -> dict[str, int]:
@@ -47,7 +50,7 @@ def found_near_duplicates(
     """Rows of some shards that are near duplicates of others.
 
     The answer depends on the rows and their order alone: not on how they are spread over shards
-    and tasks. Holds about 40 bytes a row.
+    and tasks. Holds about 70 bytes a row.
 
     Args:
         store: holds the shards, and gets a sketch of each.
@@ -58,7 +61,7 @@ def found_near_duplicates(
     """
     tasks, first = [], 0
     for number, (part, rows) in enumerate(parts):
-        tasks.append(SketchTask(part, first, f"sketch-{number:05d}.parquet"))
+        tasks.append(SketchTask(part, first, f"sketch-{number:05d}.arrow"))
         first += rows
     for _ in each(partial(write_sketch, store, settings, ranks), tasks):
         pass
@@ -86,7 +89,7 @@ def parted_rows(
     stay = _named_rows(store, parts, np.unique(found.kept))
     start = 0
     for part, rows in parts:
-        table = store.read_table(part)
+        table = store.read_arrow(part)
         place = table.schema.get_field_index("source")
         table = table.set_column(place, "source", table["source"].cast(pa.string()))
         first, end = np.searchsorted(found.rows, (start, start + rows))
@@ -96,7 +99,7 @@ def parted_rows(
         dropped = [
             _dropped(row, *stay[kept], similarity)
             for row, kept, similarity in zip(
-                table.take(pa.array(places)).to_pylist(),
+                table.select(_REJECTED).take(pa.array(places)).to_pylist(),
                 found.kept[first:end].tolist(),
                 found.similarity[first:end].tolist(),
                 strict=True,
@@ -115,7 +118,7 @@ def _named_rows(
     for part, rows in parts:
         first, end = np.searchsorted(numbers, (start, start + rows))
         if first < end:
-            table = store.read_table(part, ["id", "source"])
+            table = store.read_arrow(part, ["id", "source"])
             mine = table.take(pa.array(numbers[first:end] - start))
             named = zip(mine["id"].to_pylist(), mine["source"].to_pylist(), strict=True)
             found.update(zip(numbers[first:end].tolist(), named, strict=True))
@@ -137,7 +140,7 @@ def _dropped(row: Mapping[str, Any], kept: str, of: str, similarity: float) -> D
         file=row["file"],
         record=row["record"],
         reason=f"near_duplicate: of {kept} (Jaccard {math.floor(100 * similarity) / 100:.2f})",
-        raw=shown(canonical_json(said)),
+        raw=shown(orjson.dumps(said, option=orjson.OPT_SORT_KEYS).decode()),
         id=row["id"],
         kept=kept,
     )

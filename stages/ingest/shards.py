@@ -45,11 +45,23 @@ class ShardWriter:
         folder: str = "",
         max_rows: int | None = None,
         max_chars: int | None = None,
+        scratch: bool = False,
     ) -> None:
-        """Write into a folder of a store; parts are bounded by rows and characters where given."""
+        """Write into a folder of a store.
+
+        Args:
+            store: where to.
+            schema: columns of the parts.
+            metadata: what goes into their footers.
+            folder: inside the store.
+            max_rows: rows of a part, at most.
+            max_chars: characters of a part, at most.
+            scratch: write Arrow files without metadata, quick to write and read.
+        """
         self._store, self._schema, self._metadata = store, schema, metadata
         self._prefix = f"{folder}/" if folder else ""
         self._max_rows, self._max_chars = max_rows, max_chars
+        self._scratch = scratch
         self._tables: list[pa.Table] = []
         self._rows = self._chars = 0
         self.written: list[tuple[str, int]] = []
@@ -77,9 +89,15 @@ class ShardWriter:
     def flush(self) -> None:
         """Write the current part, unless it is empty."""
         if self._rows:
-            name = f"{self._prefix}part-{len(self.written):05d}.parquet"
-            pairs = self._metadata(name) if callable(self._metadata) else self._metadata
             table = pa.concat_tables(self._tables).select(self._schema.names)
-            self._store.write_table(name, table.combine_chunks().cast(self._schema), pairs)
+            table = table.combine_chunks().cast(self._schema)
+            name = f"{self._prefix}part-{len(self.written):05d}"
+            if self._scratch:
+                name += ".arrow"
+                self._store.write_arrow(name, table)
+            else:
+                name += ".parquet"
+                pairs = self._metadata(name) if callable(self._metadata) else self._metadata
+                self._store.write_table(name, table, pairs)
             self.written.append((name, self._rows))
         self._tables, self._rows, self._chars = [], 0, 0

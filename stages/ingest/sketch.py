@@ -49,7 +49,7 @@ def write_sketch(
         ranks: of every source.
         task: which shard.
     """
-    table = store.read_table(task.part, ["source", "messages"])
+    table = store.read_arrow(task.part, ["source", "messages"])
     texts = compared_texts(table["messages"].combine_chunks(), settings.part)
     numbers, before = hashed_words(texts).ngrams(settings.shingle)
     shingles, ends = _distinct(numbers, before)
@@ -64,7 +64,7 @@ def write_sketch(
         "shingles": pa.LargeListArray.from_arrays(pa.array(ends), pa.array(shingles)),
     }
     bands = _band_numbers(_signatures(shingles, ends, settings.permutations), settings)
-    store.write_table(task.name, pa.table(columns | bands))
+    store.write_arrow(task.name, pa.table(columns | bands))
 
 
 def compared_texts(messages: pa.Array, part: Part) -> list[str]:

@@ -173,9 +173,11 @@ class _Fields:
         Raises:
             RowError: two columns hold it and differ.
         """
-        names = self.names.get(field, ())
-        if len(names) < 2:
-            return self.take_column(names[0]) if names else None
+        names = self.names.get(field)
+        if not names:
+            return None
+        if len(names) == 1:
+            return self.take_column(names[0])
         filled = [name for name in names if self.record.get(name) is not None]
         if any(self.record[name] != self.record[filled[0]] for name in filled[1:]):
             raise RowError(f"ambiguous: {' and '.join(filled)} differ")
@@ -276,8 +278,11 @@ def _prompt(fields: _Fields) -> list[Turn]:
 
 
 def _history(fields: _Fields) -> list[Turn]:
+    value = fields.take("history")
+    if not value:
+        return []
     where = fields.column("history")
-    pairs = from_json(fields.take("history") or [], where)
+    pairs = from_json(value, where)
     if not isinstance(pairs, list):
         raise RowError(f"wrong_type: {where} is not a list of pairs")
     turns = []
@@ -302,10 +307,10 @@ def _response_turns(value: object, where: str) -> list[Turn]:
 
 
 def _with_system(messages: list[Message], fields: _Fields) -> list[Message]:
-    where = fields.column("system")
     text = fields.take("system")
-    if text is None or _is_blank(text):
+    if _is_blank(text):
         return messages
+    where = fields.column("system")
     turn = text_turn("system", text, where)
     if messages[0]["role"] != "system":
         return [turn, *messages]
@@ -315,16 +320,14 @@ def _with_system(messages: list[Message], fields: _Fields) -> list[Message]:
 
 
 def _tools(fields: _Fields) -> str | None:
-    where = fields.column("tools")
     value = fields.take("tools")
-    if value is None or _is_blank(value):
+    if _is_blank(value):
         return None
-    text = json_text(value, where)
+    text = json_text(value, fields.column("tools"))
     return None if text in ("[]", "{}") else text
 
 
 def _answer(fields: _Fields, messages: Sequence[Message], source: Source) -> str | None:
-    where = fields.column("answer")
     value = fields.take("answer")
     if isinstance(value, str):
         if value.strip():
@@ -333,7 +336,7 @@ def _answer(fields: _Fields, messages: Sequence[Message], source: Source) -> str
         return json.dumps(value)
     elif value is not None:
         if fields.is_mapped:
-            raise RowError(f"wrong_type: {where} is neither text nor a number")
+            raise RowError(f"wrong_type: {fields.column('answer')} is neither text nor a number")
         fields.give_back("answer")
     if source.answer_pattern is None or messages[-1]["role"] != "assistant":
         return None
