@@ -141,7 +141,7 @@ class Run:
         """
         for name in self.flow.names[: self.flow.names.index(last) + 1]:
             manifest = read_manifest(self.store, name)
-            if manifest is None or not self._is_current(name, manifest, self._inputs(name)):
+            if manifest is None or not self._is_current(name, manifest, self.inputs(name)):
                 return False
         return True
 

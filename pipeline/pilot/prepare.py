@@ -29,7 +29,7 @@ from stages.features.tokens import masked_sequence
 from stages.forecast.transport_value import MixtureTransport
 from stages.ingest.parse import Row
 from stages.mixture.cost import Metric
-from stages.mixture.energy import energy_statistics
+from stages.mixture.energy import energy_sums
 from stages.mixture.simplex import FloatArray
 from stages.pilots.settings import TransportSettings
 from stages.rows import Message
@@ -65,9 +65,10 @@ class Clouds:
 
     def energies(self, metric: Metric, mixtures: FloatArray) -> FloatArray:
         r"""Energy distances of mixtures [n, K] to the targets: :math:`2 p D - p^T E p - S`."""
-        to_target, between, within = energy_statistics(
+        sums = energy_sums(
             self.vectors, self.source, self.targets, self.mass, metric, mixtures.shape[1]
         )
+        to_target, between, within = sums.statistics()
         crossed = np.einsum("nk,kl,nl->n", mixtures, between, mixtures)
         return np.asarray(2.0 * mixtures @ to_target - crossed - within, np.float64)
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from stages.base import EngineSpec
 from stages.baselines.settings import BaselinesSettings, BaselineTargetSettings, Score
+from stages.dictionary.settings import Part
 from stages.embedding.settings import EmbeddingSettings
 from stages.embedding.stage import embedded_text
 from stages.engines import ScoreRequest
@@ -45,6 +46,14 @@ class Readers:
         if "embedding" in settings.scores and embedding is None:
             raise ConfigError(
                 "baselines.scores: embedding compares sentence vectors; add a section embedding"
+            )
+        self._embedding_part: Part = "both"
+        if embedding and embedding.part != "apart":
+            self._embedding_part = embedding.part
+        elif "embedding" in settings.scores:
+            raise ConfigError(
+                "baselines.scores: embedding compares one vector a text, and embedding.part: apart "
+                "makes two of it; use another part, or leave this score out"
             )
         if settings.of_student and settings.student not in models:
             raise ConfigError(
@@ -111,8 +120,8 @@ class Readers:
         if score == "longest":
             return len(chat_tokens(cached_tokenizer(self.student), messages).response_ids)
         part = self._settings.part
-        if score == "embedding" and self._embedding is not None:
-            part = self._embedding.part
+        if score == "embedding":
+            part = self._embedding_part
         text = embedded_text(messages, part)
         if not text:
             raise RowError(f"no_text: the row has no {part}")

@@ -163,9 +163,9 @@ def _loss_slope(model: Any, final: torch.Tensor, targets: torch.Tensor) -> torch
     from torch.nn.functional import cross_entropy
 
     head = output_head_of(model)
-    slopes = []
+    slopes: list[torch.Tensor] = []
     for states, wanted in zip(
-        final.split(_LOGITS_CHUNK), targets.split(_LOGITS_CHUNK), strict=True
+        torch.split(final, _LOGITS_CHUNK), torch.split(targets, _LOGITS_CHUNK), strict=True
     ):
         leaf = states.requires_grad_()
         loss = cross_entropy(head(leaf).float(), wanted, reduction="sum")

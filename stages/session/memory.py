@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from itertools import count
 from typing import TypeVar
 
 import pyarrow as pa
@@ -50,11 +52,19 @@ class MemoryColumns:
             self.seen(part.num_rows)
 
     def map(
-        self, names: Sequence[str], fn: Callable[[pa.Table], T], merge: Callable[[T, T], T]
+        self,
+        names: Sequence[str],
+        fn: Callable[[pa.Table, pa.Table], T],
+        merge: Callable[[T, T], T],
+        *,
+        beside: pa.Table,
     ) -> T:
-        """`fn` of every shard's columns, merged in order."""
-        results = (fn(table) for table in self.iter(names))
-        total = next(results)
-        for result in results:
-            total = merge(total, result)
-        return total
+        """`fn` of every shard's columns and its rows of `beside`, merged in order."""
+        starts = count(step=self.step)
+        return reduce(
+            merge,
+            (
+                fn(table, beside.slice(start, table.num_rows))
+                for start, table in zip(starts, self.iter(names), strict=False)
+            ),
+        )

@@ -51,7 +51,7 @@ class ValuationStage:
         there = rows["embedding"].is_valid()
         values = np.full(rows.num_rows, np.nan)
         if pc.any(there).as_py():
-            vectors = vectors_of(rows.filter(there))
+            vectors = vectors_of(rows.filter(there)).astype(np.float64)
             values[there.to_numpy()] = row_values(vectors, potentials, self.settings.metric)
         status = [OK if valid else "failed: no_embedding" for valid in there.to_pylist()]
         table = pa.table(
