@@ -301,7 +301,7 @@ def test_report_holds_every_training_and_form(finished: Any) -> None:
     assert len(list((recipe.run_folder / "trials").iterdir())) == 20
     assert [progress.done for progress in shown] == list(range(1, 21))
     assert {row["form"] for row in report["forms"]} == {
-        "constant", "linear", "log_linear", "pseudo_quadratic", "quadratic", "rational",
+        "constant", "linear", "log_linear", "pseudo_quadratic", "quadratic",
         "centre_scaling", "projektor_pq",
     }  # fmt: skip
     for row in report["forms"]:
