@@ -78,7 +78,7 @@ def compared_forms(
     projection: Projection,
     with_transport: bool,
 ) -> tuple[list[Forecaster], list[dict[str, Any]]]:
-    """Every form fitted to the design, and how it errs on mixtures that it hasn't seen.
+    """Every form that the design suffices for, fitted, and how it errs on unseen mixtures.
 
     Args:
         design: what forms are fitted to.
@@ -100,6 +100,8 @@ def compared_forms(
     projected = projection.losses(held_out.losses[:, 0], held_out.losses[:, 1])
     for form in FORMS:
         if form.uses_transport and not with_transport:
+            continue
+        if len(design.mixtures) < form.least_design(design.mixtures.shape[1]):
             continue
         one = forecaster(form, design.mixtures, design.transport, design.losses, projection)
         forecast = one.losses(held_out.mixtures, held_out.transport)

@@ -56,6 +56,10 @@ class Form(Protocol):
         """Whether it needs transport values."""
         ...
 
+    def least_design(self, sources: int) -> int:
+        """Mixtures that it takes at least to fit it and judge the fit."""
+        ...
+
     def fitted(self, p: FloatArray, transport: FloatArray, losses: FloatArray) -> FittedForm:
         """Fit to mixtures [n, K], their transport values [n], and losses [n]."""
         ...
@@ -146,6 +150,10 @@ class PolynomialForm:
     exponents_for: Callable[[int], Exponents]
     uses_transport: bool = False
     of_log: bool = False
+
+    def least_design(self, sources: int) -> int:
+        """Three: the ridge takes care of the rest."""
+        return 3
 
     def fitted(self, p: FloatArray, transport: FloatArray, losses: FloatArray) -> FittedPolynomial:
         """Fit by ridge.

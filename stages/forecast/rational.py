@@ -43,6 +43,10 @@ class RationalForm:
     name: str = "rational"
     uses_transport: bool = False
 
+    def least_design(self, sources: int) -> int:
+        """Two more than coefficients: no penalty keeps it from passing through all but one."""
+        return sources**2 + 2
+
     def fitted(self, p: FloatArray, transport: FloatArray, losses: FloatArray) -> FittedRational:
         """Fit by least squares of log lambda, from several starts; refitted with each row left out.
 
