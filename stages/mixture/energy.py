@@ -129,8 +129,8 @@ def energy_sums(
     own = cost_matrix(points, points, metric) * np.outer(target, target)
     return EnergySums(
         np.bincount(label, minlength=cells).reshape(n_sources, blocks),
-        np.bincount(deal, weights=target**2, minlength=blocks),
-        np.bincount(deal, weights=target, minlength=blocks),
+        np.asarray(np.bincount(deal, weights=target**2, minlength=blocks), np.float64),
+        np.asarray(np.bincount(deal, weights=target, minlength=blocks), np.float64),
         to_target.reshape(n_sources, blocks, blocks),
         between.reshape(n_sources, blocks, n_sources, blocks),
         np.asarray((in_deal @ (in_deal @ own).T).T),
@@ -238,6 +238,5 @@ def energy_ranges(
     blocks = len(sums.mass)
     each = np.stack([energy_mixture(sums, low, high, penalty, g).weights for g in range(blocks)])
     error = np.sqrt((blocks - 1) / blocks * ((each - each.mean(axis=0)) ** 2).sum(axis=0))
-    return np.clip(
-        np.column_stack([weights - 2 * error, weights + 2 * error]), low[:, None], high[:, None]
-    )
+    ranges = np.column_stack([weights - 2 * error, weights + 2 * error])
+    return np.asarray(np.clip(ranges, low[:, None], high[:, None]), dtype=np.float64)

@@ -108,7 +108,8 @@ def neighbour_shares(neighbours: Neighbours, b: npt.ArrayLike, n_sources: int) -
     """
     there = neighbours.source >= 0
     votes = (distribution(b, "b") / there.sum(axis=1))[:, None] * there
-    return np.bincount(neighbours.source[there], weights=votes[there], minlength=n_sources)
+    counted = np.bincount(neighbours.source[there], weights=votes[there], minlength=n_sources)
+    return np.asarray(counted, dtype=np.float64)
 
 
 def chameleon_weights(
@@ -173,7 +174,7 @@ def kept_in_proportion(
     kept = np.array([name in keep for name in sources])
     share = np.zeros(len(sources))
     share[kept] = distribution([keep[name] for name in sources if name in keep], "mixture.keep")
-    for number in np.flatnonzero(kept & (share == 0) & (lower > 0)):
+    for number in np.flatnonzero(kept & (share == 0) & (lower > 0)).tolist():
         raise ValueError(
             f"mixture.keep gives {sources[number]} no weight, and its least is {lower[number]:g}"
         )
