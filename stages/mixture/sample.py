@@ -97,8 +97,10 @@ def lowest_rows(
         StageError: a source has no kept row with a vector.
     """
     fn = partial(_lowest_of_shard, sources=sources, most=most, seed=seed)
-    lowest = columns.map(("id", "embedding"), fn, partial(_merged, most=most), beside=decisions)
-    for number in np.flatnonzero(lowest.found == 0):
+    lowest: Lowest = columns.map(
+        ("id", "embedding"), fn, partial(_merged, most=most), beside=decisions
+    )
+    for number in np.flatnonzero(lowest.found == 0).tolist():
         raise StageError(
             f"source {sources[number]} has no kept row with an embedding; loosen selection, or "
             "remove the source",
