@@ -204,10 +204,10 @@ class RunColumns:
         counts = [self.run.table_rows(f"{folder}/{part}") for part in self.part_names]
         starts = [0, *accumulate(counts)]
         here = replace(self, each=in_turn)
-        tasks = zip(
-            self.part_names,
-            (beside.slice(start, count) for start, count in zip(starts, counts, strict=False)),
-            strict=True,
+        # A slice is pickled with the whole table that it is of; rows that were taken aren't.
+        tasks = (
+            (part, beside.take(pa.array(range(start, start + count))))
+            for part, start, count in zip(self.part_names, starts, counts, strict=False)
         )
         return reduce(merge, self.each(partial(_of_shard, here, tuple(names), fn), tasks))
 

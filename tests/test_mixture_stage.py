@@ -425,7 +425,11 @@ def test_shards_of_a_run_taken_elsewhere_give_the_same_sums(tmp_path: Path) -> N
         return sums_over_all_rows(problem, np.random.default_rng(0).normal(size=(3, 20)))
 
     def elsewhere(fn: Any, tasks: Any) -> Any:
-        return (pickle.loads(pickle.dumps(fn))(pickle.loads(pickle.dumps(t))) for t in tasks)
+        fn = pickle.loads(pickle.dumps(fn))
+        for task in tasks:
+            sent = pickle.dumps(task)
+            assert len(sent) < 40 * 33 + 2000, "a task brings its own rows, not everybody's"
+            yield fn(pickle.loads(sent))
 
     whole = sums(80, in_turn)
     for shard, each in ((7, in_turn), (33, elsewhere)):

@@ -253,7 +253,8 @@ def sums_over_all_rows(problem: Problem, potentials: FloatArray) -> CutSums:
         potentials=potentials,
     )  # fmt: skip
     names = ("id", "embedding")
-    return problem.columns.map(names, fn, CutSums.__add__, beside=problem.decisions)
+    total: CutSums = problem.columns.map(names, fn, CutSums.__add__, beside=problem.decisions)
+    return total
 
 
 def nearest_over_all_rows(problem: Problem, count: int) -> Neighbours:
@@ -262,7 +263,8 @@ def nearest_over_all_rows(problem: Problem, count: int) -> Neighbours:
         _shard_neighbours, sources=problem.sources, y=problem.y, space=problem.space, count=count
     )
     names = ("id", "embedding")
-    return problem.columns.map(names, fn, Neighbours.__add__, beside=problem.decisions)
+    found: Neighbours = problem.columns.map(names, fn, Neighbours.__add__, beside=problem.decisions)
+    return found
 
 
 def _shard_sums(

@@ -238,5 +238,5 @@ def energy_ranges(
     blocks = len(sums.mass)
     each = np.stack([energy_mixture(sums, low, high, penalty, g).weights for g in range(blocks)])
     error = np.sqrt((blocks - 1) / blocks * ((each - each.mean(axis=0)) ** 2).sum(axis=0))
-    around = np.column_stack([weights - 2 * error, weights + 2 * error])
-    return np.asarray(np.clip(around, low[:, None], high[:, None]), np.float64)
+    ranges = np.column_stack([weights - 2 * error, weights + 2 * error])
+    return np.asarray(np.clip(ranges, low[:, None], high[:, None]), dtype=np.float64)

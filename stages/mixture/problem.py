@@ -32,7 +32,9 @@ def vectors_of(table: pa.Table) -> NDArray[np.float32]:
         StageError: vectors differ in length, or hold NaN.
     """
     column = table["embedding"].combine_chunks()
-    values: NDArray[np.float32] = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+    values: NDArray[np.float32] = np.asarray(
+        column.flatten().to_numpy(zero_copy_only=False), dtype=np.float32
+    )
     if table.num_rows == 0:
         return values.reshape(0, 0)
     if len(values) % table.num_rows or not np.isfinite(values).all():

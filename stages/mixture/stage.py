@@ -180,7 +180,7 @@ class MixtureStage:
             groups, lower, upper = kept_in_proportion(sources, settings.keep, lower, upper)
         problem = Problem(
             columns,
-            decisions,
+            decisions.select(["id", "source", "keep", "reason"]),
             sources,
             cloud.vectors,
             cloud.mass,

@@ -108,8 +108,8 @@ def neighbour_shares(neighbours: Neighbours, b: npt.ArrayLike, n_sources: int) -
     """
     there = neighbours.source >= 0
     votes = (distribution(b, "b") / there.sum(axis=1))[:, None] * there
-    shares = np.bincount(neighbours.source[there], weights=votes[there], minlength=n_sources)
-    return np.asarray(shares, np.float64)
+    counted = np.bincount(neighbours.source[there], weights=votes[there], minlength=n_sources)
+    return np.asarray(counted, dtype=np.float64)
 
 
 def chameleon_weights(
