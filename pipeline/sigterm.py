@@ -29,7 +29,7 @@ def end_at_sigterm() -> None:
     os.set_blocking(write, False)
     signal.signal(signal.SIGTERM, lambda *_: None)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    os.register_at_fork(after_in_child=_forget)
+    os.register_at_fork(before=_hold, after_in_parent=_let, after_in_child=_forget)
     threading.Thread(target=_wait, args=(read,), name="sigterm", daemon=True).start()
 
 
@@ -45,7 +45,17 @@ def _wait(read: int) -> None:
         os._exit(EXIT_STATUS)
 
 
+def _hold() -> None:
+    # A signal that comes between a child's birth and `_forget` would end its parent.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _let() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
 def _forget() -> None:
     # A forked child would write its signals into its parent's pipe.
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _let()

@@ -72,17 +72,19 @@ def ray_cluster(bin_folder: Path, env: Mapping[str, str]) -> Iterator[str]:
 
 
 def _wait(address: str, head: subprocess.Popen[bytes], log: Path) -> None:
-    end = time.monotonic() + 90
+    end = time.monotonic() + 180
     while time.monotonic() < end:
         if head.poll() is not None:
             raise RuntimeError(f"ray start ended: {log.read_text()[-2000:]}")
         try:
             with urllib.request.urlopen(f"{address}/api/version", timeout=5):
-                return
+                answers = True
         except urllib.error.HTTPError as error:
-            if error.code in (401, 403):
-                return
+            answers = error.code in (401, 403)
         except OSError:
-            pass
+            answers = False
+        # The dashboard answers before the node is known, and also where it never will be.
+        if answers and "Ray runtime started" in log.read_text():
+            return
         time.sleep(0.5)
-    raise RuntimeError(f"no dashboard after 90 s: {log.read_text()[-2000:]}")
+    raise RuntimeError(f"no cluster after 180 s: {log.read_text()[-2000:]}")

@@ -139,6 +139,45 @@ def test_nobody_answers_and_wrong_options(recipe: Any) -> None:
         assert "Traceback" not in done.stderr
 
 
+BUSY = """
+import hashlib, os, signal, sys
+from pipeline.rundir import RunLock
+from pipeline.sigterm import end_at_sigterm
+from stages.storage import Store
+end_at_sigterm()
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+child = os.fork()
+if child == 0:
+    signal.pause()
+os.kill(child, signal.SIGTERM)
+assert os.waitpid(child, 0)[1] == signal.SIGTERM
+with RunLock(Store(sys.argv[1])):
+    print("locked", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+"""
+
+
+def test_sigterm_reaches_a_process_that_is_deep_in_a_library(tmp_path: Path) -> None:
+    """Whoever has put a handler of its own in place since, as Ray does; a child's is its own."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUSY, str(tmp_path)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline() == "locked\n"
+    assert (tmp_path / "lock.json").exists()
+    asked = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 128 + signal.SIGTERM
+    assert time.monotonic() - asked < 2
+    assert not (tmp_path / "lock.json").exists()
+    assert "goes on from here" in process.stderr.read()
+
+
 def wait_for(condition: Any, seconds: float = 120.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
