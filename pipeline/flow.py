@@ -155,8 +155,9 @@ def flow_of(config: Config) -> Flow:
         _add_extension(rows, name, extension_stage(name, section, models, config.seed))
     present = [*ROWS.names, *(n for stage in rows.values() for n in stage.columns().adds.names)]
     flow = Flow(rows, fits, _set_stages(config, tuple(present)))
-    for name, asking in (*rows.items(), *fits.items()):
-        check_endpoints(name, asking.engines())
+    asking: Mapping[str, RowStage | FitStage] = {**rows, **fits}
+    for name, one in asking.items():
+        check_endpoints(name, one.engines())
     for name, stage in rows.items():
         known = {*flow.home_of(name), "effective_messages"}
         named = set(stage.columns().needs)
