@@ -94,7 +94,7 @@ def test_it_runs_between_embedding_and_selection(
     names = list(dict.fromkeys(event.stage for event in done.events))
     assert names.index("embedding") < names.index("brevity") < names.index("selection")
     run = recipe.run_folder
-    rows = pq.read_table(run / "ingest").sort_by("id").to_pylist()
+    rows = pq.read_table(sorted((run / "ingest").glob("part-*"))).sort_by("id").to_pylist()
     found = pq.read_table(sorted((run / "brevity").glob("part-*"))).sort_by("id").to_pylist()
     brief = {row["id"] for row in rows if len(row["messages"][-1]["content"]) <= 18}
     assert 0 < len(brief) < len(rows)
