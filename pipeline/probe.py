@@ -211,7 +211,8 @@ class Probe:
             raise StageError(f"there are {rows.num_rows}", stage=stage.name)
         # Not measured again below: what was generated for it is cached.
         done = [session.with_columns(stage, rows.slice(0, 1), stores)]
-        rates, totals = [], Meter()
+        rates: list[float] = []
+        totals = Meter()
         half = (rows.num_rows + 1) // 2
         generates = any(spec.kind == "generator" for spec in stage.engines().values())
         for part in (rows.slice(1, half - 1), rows.slice(half)):

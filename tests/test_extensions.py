@@ -87,16 +87,16 @@ def test_it_runs_between_embedding_and_selection(
     recipe: Any, execute: Any, install: Callable[..., None]
 ) -> None:
     install()
-    recipe.value["stages"] = {"brevity": {"longest": 17}}
+    recipe.value["stages"] = {"brevity": {"longest": 18}}
     recipe.value["selection"]["filters"] = [{"rule": "is_brief == True", "reason": "long"}]
     del recipe.value["reflection"]
     done = execute()
     names = list(dict.fromkeys(event.stage for event in done.events))
     assert names.index("embedding") < names.index("brevity") < names.index("selection")
     run = recipe.run_folder
-    rows = pq.read_table(run / "ingest").sort_by("id").to_pylist()
+    rows = pq.read_table(sorted((run / "ingest").glob("part-*"))).sort_by("id").to_pylist()
     found = pq.read_table(sorted((run / "brevity").glob("part-*"))).sort_by("id").to_pylist()
-    brief = {row["id"] for row in rows if len(row["messages"][-1]["content"]) <= 17}
+    brief = {row["id"] for row in rows if len(row["messages"][-1]["content"]) <= 18}
     assert 0 < len(brief) < len(rows)
     assert {row["id"] for row in found if row["is_brief"]} == brief
     decisions = pq.read_table(run / "selection" / "decisions.parquet").to_pylist()
@@ -116,10 +116,10 @@ def test_a_changed_setting_computes_it_alone(
     recipe: Any, execute: Any, install: Callable[..., None]
 ) -> None:
     install()
-    recipe.value["stages"] = {"brevity": {"longest": 17, "limit": 5}}
+    recipe.value["stages"] = {"brevity": {"longest": 18, "limit": 5}}
     execute()
-    recipe.value["stages"]["brevity"]["longest"] = 18
-    with pytest.raises(ConfigError, match=r"brevity\.settings\.longest: 17 → 18"):
+    recipe.value["stages"]["brevity"]["longest"] = 19
+    with pytest.raises(ConfigError, match=r"brevity\.settings\.longest: 18 → 19"):
         execute()
     done = execute(restart_from="brevity")
     assert done.kinds("embedding") == ["kept"]
@@ -169,8 +169,8 @@ def test_a_session_runs_it_too(install: Callable[..., None], rows_of: Any) -> No
     install()
     with st.Session(progress=False) as session:
         rows = session.ingest({"apples": rows_of("apples", 0, 6)}).rows
-        rows = session.with_columns(extension_stage("brevity", {"longest": 17}, {}, 0), rows)
-    expected = [len(row["messages"][-1]["content"]) <= 17 for row in rows]
+        rows = session.with_columns(extension_stage("brevity", {"longest": 18}, {}, 0), rows)
+    expected = [len(row["messages"][-1]["content"]) <= 18 for row in rows]
     assert [row["is_brief"] for row in rows] == expected
 
 
