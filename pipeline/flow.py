@@ -185,11 +185,7 @@ def flow_of(config: Config) -> Flow:
         _add_extension(rows, name, extension_stage(name, section, models, config.seed))
     present = [*ROWS.names, *(n for stage in rows.values() for n in stage.columns().adds.names)]
     flow = Flow(rows, fits, _set_stages(config, tuple(present)))
-<<<<<<< HEAD
     asking: dict[str, RowStage | FitStage] = {**rows, **fits}
-=======
-    asking: Mapping[str, RowStage | FitStage] = {**rows, **fits}
->>>>>>> pyapi
     for name, one in asking.items():
         check_endpoints(name, one.engines())
     for name, stage in rows.items():
