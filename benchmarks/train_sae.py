@@ -34,6 +34,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.train_sae.rows import Place, Pool
@@ -206,12 +207,21 @@ def main() -> None:
     parser.add_argument("--latents", type=int, default=9216)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--rate", type=float, default=3e-3)
+    parser.add_argument("--keep", metavar="FILE", help="activations, kept for a second run")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--check", action="store_true")
     chosen = parser.parse_args()
     if not SOURCES.is_dir():
         sys.exit(f"real rows aren't there: {SOURCES}")
-    x, held_out = activations(chosen.tokens, chosen.held_out)
+    if chosen.keep and Path(chosen.keep).exists():
+        kept = load_file(chosen.keep)
+    else:
+        kept = dict(zip("xy", activations(chosen.tokens, chosen.held_out), strict=True))
+        if chosen.keep:
+            save_file(kept, chosen.keep)
+    x, held_out = kept["x"], kept["y"]
+    if len(x) != chosen.tokens:
+        sys.exit(f"{chosen.keep} holds {len(x)} activations; name another file")
     table: dict[str, dict[str, float]] = {}
     for name, seconds, encoded in sides(x, chosen):
         table[name] = {**measured(encoded, held_out), "tokens_per_second": len(x) / seconds}

@@ -6,6 +6,7 @@ Exit status: 0 done, 1 the run failed, 2 the config is wrong (or the directory i
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -15,6 +16,9 @@ import typer
 from rich.console import Console
 
 from pipeline.analyse.cli import analyse
+from pipeline.jobs.cli import job, submit
+from pipeline.pilot.cli import pilot
+from pipeline.sigterm import end_at_sigterm
 from pipeline.synthesize.cli import synthesize
 from pipeline.train_sae.cli import train_sae
 from stages.errors import ConfigError, RunBusy, TamisError
@@ -28,6 +32,9 @@ app = typer.Typer(
 app.add_typer(analyse, name="analyse")
 app.add_typer(synthesize, name="synthesize")
 app.command(name="train-sae")(train_sae)
+app.add_typer(job, name="job")
+app.command()(submit)
+app.command(name="pilot")(pilot)
 
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Sets = Annotated[
@@ -37,6 +44,7 @@ RestartFrom = Annotated[
     str | None,
     typer.Option(metavar="STAGE", help="Accept changes from this stage on, and compute them."),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Say as a last line of JSON what was done.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="A line for every shard.")]
 
@@ -50,10 +58,11 @@ def run(
         str | None, typer.Option(metavar="URI", help="Another run whose scores are taken by id.")
     ] = None,
     verbose: Verbose = False,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Run every stage that isn't complete, and leave a data set."""
-    _guarded(lambda: _run(recipe, set_, restart_from, reuse, None, verbose), debug)
+    _guarded(lambda: _run(recipe, set_, restart_from, reuse, None, verbose, as_json), debug)
 
 
 @app.command()
@@ -63,21 +72,27 @@ def stage(
     set_: Sets = None,
     restart_from: RestartFrom = None,
     verbose: Verbose = False,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Run one stage; those before it must be complete."""
-    _guarded(lambda: _run(recipe, set_, restart_from, None, name, verbose), debug)
+    _guarded(lambda: _run(recipe, set_, restart_from, None, name, verbose, as_json), debug)
 
 
 @app.command()
-def plan(recipe: RecipePath, set_: Sets = None, debug: Debug = False) -> None:
+def plan(
+    recipe: RecipePath, set_: Sets = None, as_json: AsJson = False, debug: Debug = False
+) -> None:
     """Say what a run would do, and check all that can be checked without loading a model."""
 
     def show() -> None:
         from pipeline.config import read_config
-        from pipeline.status import plan_table
+        from pipeline.status import plan_summary, plan_table
 
-        console().print(plan_table(read_config(recipe, set_ or ())))
+        config = read_config(recipe, set_ or ())
+        console().print(plan_table(config))
+        if as_json:
+            json_line(plan_summary(config))
 
     _guarded(show, debug)
 
@@ -116,6 +131,7 @@ def verify(
 def why(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")],
     row: Annotated[str, typer.Argument(metavar="ID", help="A row's id, or its first digits.")],
+    full: Annotated[bool, typer.Option("--full", help="Show whole texts.")] = False,
     debug: Debug = False,
 ) -> None:
     """Tell one row's story: where it came from, its scores, and why it was kept or dropped."""
@@ -123,7 +139,7 @@ def why(
     def show() -> None:
         from pipeline.why import story
 
-        console().print(story(run, row), highlight=False, markup=False, soft_wrap=True)
+        console().print(story(run, row, full=full), highlight=False, markup=False, soft_wrap=True)
 
     _guarded(show, debug)
 
@@ -160,6 +176,14 @@ def prompts() -> None:
     from stages.reflection.prompts import default_prompts_file
 
     sys.stdout.write(default_prompts_file())
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a recipe, for editors (docs/recipe.schema.json is a copy)."""
+    from pipeline.schema import schema_text
+
+    sys.stdout.write(schema_text())
 
 
 @app.command()
@@ -214,12 +238,19 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    end_at_sigterm()
     app()
 
 
 def console() -> Console:
     """Standard output."""
     return Console()
+
+
+def json_line(value: object) -> None:
+    """Write a value as one line of JSON, for programs that read the output."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
 
 
 def _run(
@@ -229,16 +260,25 @@ def _run(
     reuse: str | None,
     only: str | None,
     verbose: bool,
+    as_json: bool,
 ) -> None:
     from pipeline.config import read_config
     from pipeline.progress import Lines, LiveTable
     from pipeline.rundir import read_manifest
     from pipeline.runner import Event, Run
+    from pipeline.status import run_summary
 
     _quieten()
     config = read_config(recipe, overrides or ())
     shown: list[Callable[[Event], None]] = []
-    job = Run(config, lambda event: shown[0](event), restart_from=restart_from, reuse=reuse)
+    ended: list[Event] = []
+
+    def tell(event: Event) -> None:
+        shown[0](event)
+        if event.kind in ("kept", "done"):
+            ended.append(event)
+
+    job = Run(config, tell, restart_from=restart_from, reuse=reuse)
     live = sys.stderr.isatty() and not verbose
     err = Console(stderr=True)
     display = (
@@ -254,6 +294,8 @@ def _run(
         folder = job.store.child("dataset")
         console().print(f"data set: {folder.url}", soft_wrap=True, highlight=False)
         console().print(f"report:   {folder.url}/report.html", soft_wrap=True, highlight=False)
+    if as_json:
+        json_line(run_summary(job.store, ended))
 
 
 def _warn(warnings: list[str]) -> None:

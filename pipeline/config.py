@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from pipeline.recipe_file import explained, raw_values, resolve_paths
+from pipeline.recipe_file import raw_values, resolve_paths
 from stages.allocation.settings import AllocationSettings, RolloutsSettings
 from stages.base import Settings
 from stages.baselines.settings import BaselinesSettings
@@ -26,6 +26,7 @@ from stages.emission.settings import EmissionSettings
 from stages.engines.local import CALLS_IN_FLIGHT
 from stages.engines.settings import ModelSettings
 from stages.errors import ConfigError
+from stages.explained import explained
 from stages.explanation.settings import ExplanationSettings
 from stages.features.settings import FeaturesSettings
 from stages.ingest.settings import ContaminationSettings, IngestSettings
@@ -39,6 +40,7 @@ from stages.selection.settings import SelectionSettings
 from stages.sources.settings import Source, Target
 from stages.storage import Store
 from stages.thinking.settings import ThinkingSettings
+from stages.valuation.settings import ValuationSettings
 
 
 class Placement(Settings):
@@ -123,6 +125,7 @@ class Recipe(BaseModel):
     concepts: ConceptsSettings | None = None
     embedding: EmbeddingSettings | None = None
     baselines: BaselinesSettings | None = None
+    valuation: ValuationSettings | None = None
     selection: SelectionSettings = SelectionSettings()
     explanation: ExplanationSettings | None = None
     mixture: MixtureSettings | None = None
@@ -164,9 +167,10 @@ class Recipe(BaseModel):
             raise ValueError(
                 "allocation and rollouts go together: one shares the budget, the other spends it"
             )
-        if self.mixture and not self.embedding:
-            raise ValueError("mixture needs an embedding section")
-        for section in ("dictionary", "features", "mixture"):
+        for section in ("mixture", "valuation"):
+            if getattr(self, section) and not self.embedding:
+                raise ValueError(f"{section} needs an embedding section")
+        for section in ("dictionary", "features", "mixture", "valuation"):
             if getattr(self, section) and not self.targets:
                 raise ValueError(f"{section} needs targets: name at least one")
         if self.baselines and self.baselines.to_targets and not self.targets:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pipeline.config import Config
 from stages.allocation.rollouts import RolloutsStage
 from stages.allocation.stage import AllocationStage
-from stages.base import FitStage, RowStage, SetStage
+from stages.base import FitStage, RowStage, SetStage, check_endpoints
 from stages.baselines.readers import Readers
 from stages.baselines.stage import BaselinesStage
 from stages.baselines.targets import BaselineTargetsStage
@@ -30,9 +30,11 @@ from stages.reflection.probe import RepliesStage
 from stages.reflection.stage import ReflectionStage
 from stages.rows import ROWS
 from stages.rules import rule_columns
-from stages.selection.settings import Filter, SelectionSettings
+from stages.selection.settings import RESPONSE_REWRITTEN, SelectionSettings
 from stages.selection.stage import SelectionStage
 from stages.thinking.stage import ThinkingStage
+from stages.valuation.potentials import PotentialsStage
+from stages.valuation.stage import ValuationStage
 
 ROW_STAGES = (
     "difficulty",
@@ -46,6 +48,7 @@ ROW_STAGES = (
     "concepts",
     "embedding",
     "baselines",
+    "valuation",
 )
 ORDER = (
     "ingest",
@@ -65,6 +68,8 @@ ORDER = (
     "embedding",
     "baseline_targets",
     "baselines",
+    "potentials",
+    "valuation",
     "selection",
     "explanation",
     "mixture",
@@ -165,9 +170,14 @@ def flow_of(config: Config) -> Flow:
         if config.baselines.to_targets:
             fits["baseline_targets"] = BaselineTargetsStage(readers)
         rows["baselines"] = BaselinesStage(config.baselines, readers, config.seed)
+    if config.valuation:
+        fits["potentials"] = PotentialsStage(config.valuation, config.seed)
+        rows["valuation"] = ValuationStage(config.valuation)
     present = [*ROWS.names, *(n for stage in rows.values() for n in stage.columns().adds.names)]
     flow = Flow(rows, fits, _set_stages(config, tuple(present)))
-    _check_endpoints({**rows, **fits})
+    asking: dict[str, RowStage | FitStage] = {**rows, **fits}
+    for name, one in asking.items():
+        check_endpoints(name, one.engines())
     for name, stage in rows.items():
         known = {*flow.home_of(name), "effective_messages"}
         named = set(stage.columns().needs)
@@ -179,18 +189,6 @@ def flow_of(config: Config) -> Flow:
                 f"there are {', '.join(sorted(known))}"
             )
     return flow
-
-
-def _check_endpoints(stages: Mapping[str, RowStage | FitStage]) -> None:
-    for name, stage in stages.items():
-        for role, spec in stage.engines().items():
-            if spec.settings.endpoint is None or spec.asks == "messages":
-                continue
-            raise ConfigError(
-                f"{name} can't use models.{spec.model} (engine: openai) as its {role}: it works "
-                "with token ids, log-probabilities or activations, which endpoints don't give; "
-                "name a model with engine: transformers or vllm"
-            )
 
 
 def _set_stages(config: Config, present: tuple[str, ...]) -> dict[str, SetStage]:
@@ -232,8 +230,4 @@ def _selection(config: Config) -> SelectionSettings:
     """The selection section, with what reflection's asks of it."""
     if not (config.reflection and config.reflection.require_response_rewrite):
         return config.selection
-    rewritten = Filter(
-        rule='reflection_outcome in ["response", "both"] or reflection_status == "not_requested"',
-        reason="response_not_rewritten",
-    )
-    return config.selection.model_copy(update={"filters": [*config.selection.filters, rewritten]})
+    return config.selection.with_filter(RESPONSE_REWRITTEN)

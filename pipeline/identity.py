@@ -126,7 +126,7 @@ def endpoint_identity(settings: Mapping[str, Any]) -> dict[str, Any]:
     endpoint = settings["endpoint"]["identity"]
     return {
         "kind": "generator",
-        "settings": settings,
+        "settings": model_settings(settings),
         "weights": f"endpoint:{endpoint}:{settings['model']}",
         "numerics": {},
     }

@@ -9,7 +9,14 @@ from pydantic import ValidationError
 
 from pipeline.config import Config
 from pipeline.flow import flow_of, folder_of
-from pipeline.rundir import MANIFEST, RunColumns, RunLock, opened_run, parts, read_manifest
+from pipeline.rundir import (
+    MANIFEST,
+    RunLock,
+    opened_run,
+    read_manifest,
+    run_columns,
+    target_columns,
+)
 from stages.emission.stage import EmissionStage
 from stages.errors import ConfigError
 from stages.storage import Store
@@ -35,17 +42,12 @@ def rendered_report(url: str) -> str:
     stage = flow.sets["emission"]
     assert isinstance(stage, EmissionStage)
     homes = flow.home_of("emission")
-    found = tuple(parts(run, "ingest"))
-    targets = tuple(parts(run, "ingest/targets"))
-    rows = int((read_manifest(run, "ingest") or {})["rows"])
-    named = run.child("ingest/targets")
-    counted = sum(named.read_table(part, ["id"]).num_rows for part in targets)
     earlier = [name for name in flow.names if name != "emission"]
     dataset = run.child(folder_of("emission"))
     with RunLock(run):
         page = stage.report(
-            RunColumns(run, found, homes, rows),
-            RunColumns(run, targets, homes, counted, targets=True),
+            run_columns(run, homes),
+            target_columns(run, homes),
             {name: run.child(folder_of(name)) for name in earlier},
             dataset,
         )

@@ -13,11 +13,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import pyarrow as pa
 
 from pipeline.flow import folder_of
+from pipeline.sigterm import AT_END
 from stages.errors import ConfigError, RunBusy, StageError
 from stages.rows import effective_messages
 from stages.storage import Store
@@ -28,6 +30,8 @@ MANIFEST = "manifest.json"
 IDENTITY = "identity.json"
 _HEARTBEAT_S = 10.0
 _STALE_S = 60.0
+_RELEASE_S = 1.0
+"""At SIGTERM, a heartbeat that takes longer to write isn't waited for."""
 
 
 def opened_run(url: str) -> Store:
@@ -179,6 +183,20 @@ class RunColumns:
         return total
 
 
+def run_columns(run: Store, homes: Mapping[str, str]) -> RunColumns:
+    """Columns of all rows of a run whose ingest is complete."""
+    rows = int((read_manifest(run, "ingest") or {})["rows"])
+    return RunColumns(run, tuple(parts(run, "ingest")), homes, rows)
+
+
+def target_columns(run: Store, homes: Mapping[str, str]) -> RunColumns:
+    """The same of the targets' rows."""
+    found = tuple(parts(run, "ingest/targets"))
+    folder = run.child("ingest/targets")
+    rows = sum(folder.read_table(part, ["id"]).num_rows for part in found)
+    return RunColumns(run, found, homes, rows, targets=True)
+
+
 class RunLock:
     """Keeps a second process out of a run directory, by a file with a heartbeat."""
 
@@ -204,13 +222,18 @@ class RunLock:
             self._run.remove("lock.json")
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
+        AT_END[self] = partial(self._release, _RELEASE_S)
         return self
 
     def __exit__(self, *_: object) -> None:
         """Give the lock back."""
+        if AT_END.pop(self, None):
+            self._release()
+
+    def _release(self, wait_s: float | None = None) -> None:
         self._stop.set()
         if self._thread:
-            self._thread.join()
+            self._thread.join(wait_s)
         self._run.remove("lock.json")
 
     def _beat(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import heapq
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -25,14 +24,17 @@ from pipeline.rundir import (
     read_columns,
     read_identity,
     read_manifest,
+    run_columns,
     start_stage,
+    target_columns,
 )
 from pipeline.shard import BESIDE, ShardReport, ShardTask, is_committed
 from stages.base import UNSEEN, Checked, RowStage, in_turn
 from stages.engines.chat_cache import Spent
 from stages.errors import ConfigError, StageError
 from stages.ingest import SCRATCH, content_of, ingest
-from stages.rows import NOT_REQUESTED, OK, key_hash
+from stages.requests import lowest_keys
+from stages.rows import NOT_REQUESTED, OK
 from stages.rules import rule_columns, rule_mask
 from stages.sources.settings import Source
 from stages.storage import Store, parquet_bytes
@@ -127,6 +129,18 @@ class Run:
                        and ".artifacts." not in text]  # fmt: skip
                 found[stage] = own or differing
         return found
+
+    def is_complete(self, last: str) -> bool:
+        """Whether a stage and all before it are there, as they would be computed now.
+
+        Raises:
+            ConfigError: a source isn't there.
+        """
+        for name in self.flow.names[: self.flow.names.index(last) + 1]:
+            manifest = read_manifest(self.store, name)
+            if manifest is None or not self._is_current(name, manifest, self._inputs(name)):
+                return False
+        return True
 
     async def _execute(self, names: Sequence[str]) -> None:
         self._restart()
@@ -427,8 +441,7 @@ class Run:
             table = read_columns(self.store, part, names, homes)
             if where:
                 table = table.filter(rule_mask(where, table))
-            fresh = [key_hash(row, self.config.seed) for row in table["id"].to_pylist()]
-            keys = heapq.nsmallest(limit, [*keys, *fresh])
+            keys = lowest_keys(table["id"].to_pylist(), self.config.seed, limit, keys)
         return keys[-1] if keys else 0
 
     def _with_reuse(
@@ -576,15 +589,10 @@ class Run:
         return columns.n_rows
 
     def _columns(self, name: str) -> RunColumns:
-        rows = int((read_manifest(self.store, "ingest") or {})["rows"])
-        found = tuple(parts(self.store, "ingest"))
-        return RunColumns(self.store, found, self.flow.home_of(name), rows)
+        return run_columns(self.store, self.flow.home_of(name))
 
     def _targets(self, name: str) -> RunColumns:
-        folder = self.store.child("ingest/targets")
-        found = tuple(parts(self.store, "ingest/targets"))
-        rows = sum(folder.read_table(part, ["id"]).num_rows for part in found)
-        return RunColumns(self.store, found, self.flow.home_of(name), rows, targets=True)
+        return target_columns(self.store, self.flow.home_of(name))
 
     def _made_backend(self) -> Backend:
         if self.backend is None:

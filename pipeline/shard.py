@@ -20,8 +20,9 @@ from stages.base import RowStage, checked_columns
 from stages.engines.chat import UNANSWERED
 from stages.engines.chat_cache import CachedChat, Spent
 from stages.engines.generation_cache import CachedGenerator
-from stages.rows import NOT_REQUESTED, canonical_json, key_hash, row_id
-from stages.rules import rule_columns, rule_mask
+from stages.requests import not_requested_columns, requested_rows
+from stages.rows import NOT_REQUESTED, canonical_json, row_id
+from stages.rules import rule_columns
 from stages.storage import Store
 
 KEY = "key"
@@ -112,7 +113,8 @@ async def compute_shard(task: ShardTask, handles: Mapping[str, Any]) -> ShardRep
     )
     ids = rows["id"].to_pylist()
     keys = _keys(rows)
-    requested = _requested(task, rows, where)
+    limit_key = None if task.targets else task.limit_key
+    requested = requested_rows(rows, where, limit_key, task.seed)
     known = _known(task, keys, requested)
     to_compute = [i for i, wanted in enumerate(requested) if wanted and keys[i] not in known]
     adds = stage.columns().adds
@@ -126,7 +128,7 @@ async def compute_shard(task: ShardTask, handles: Mapping[str, Any]) -> ShardRep
     reused = [i for i, wanted in enumerate(requested) if wanted and keys[i] in known]
     pieces += [known[keys[i]] for i in reused]
     skipped = [i for i, wanted in enumerate(requested) if not wanted]
-    pieces.append(_not_requested(stage.name, adds, len(skipped)))
+    pieces.append(not_requested_columns(stage.name, adds, len(skipped)))
     order = pa.array([*to_compute, *reused, *skipped])
     table = pa.concat_tables(pieces).unify_dictionaries().take(pc.sort_indices(order))
     table = table.add_column(0, "id", pa.array(ids, pa.string()))
@@ -146,16 +148,6 @@ async def compute_shard(task: ShardTask, handles: Mapping[str, Any]) -> ShardRep
         seconds=seconds,
         spent={role: one.spent for role, one in engines.items() if isinstance(one, CachedChat)},
     )
-
-
-def _requested(task: ShardTask, rows: pa.Table, where: str | None) -> list[bool]:
-    mask = rule_mask(where, rows).to_pylist() if where else [True] * rows.num_rows
-    if task.limit_key is None or task.targets:
-        return mask
-    return [
-        met and key_hash(row, task.seed) <= task.limit_key
-        for met, row in zip(mask, rows["id"].to_pylist(), strict=True)
-    ]
 
 
 def _keys(rows: pa.Table) -> list[str]:
@@ -192,16 +184,6 @@ def _known(task: ShardTask, keys: list[str], requested: list[bool]) -> dict[str,
         for place, key in enumerate(hits[KEY].to_pylist()):
             known.setdefault(key, hits.select(adds.names).slice(place, 1))
     return known
-
-
-def _not_requested(stage: str, adds: pa.Schema, rows: int) -> pa.Table:
-    columns = [
-        pa.array([NOT_REQUESTED] * rows, pa.string()).cast(field.type)
-        if field.name == f"{stage}_status"
-        else pa.nulls(rows, field.type)
-        for field in adds
-    ]
-    return pa.table(columns, schema=adds)
 
 
 def _plain_dictionaries(table: pa.Table) -> pa.Table:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from rich.table import Table
 
 from pipeline.config import Config
 from pipeline.flow import ORDER, Flow, folder_of
-from pipeline.rundir import opened_run, parts, read_identity, read_manifest
-from pipeline.runner import Run
+from pipeline.rundir import MANIFEST, opened_run, parts, read_identity, read_manifest
+from pipeline.runner import Event, Run
+from stages.storage import Store
 
 
 def status_table(url: str) -> Table:
@@ -62,6 +66,42 @@ def plan_table(config: Config) -> Table:
         reads = f"{files} files" if stage == "ingest" else _reads(job.flow, stage)
         table.add_row(stage, _models(job.flow, stage), reads, state)
     return table
+
+
+def plan_summary(config: Config) -> dict[str, Any]:
+    """A recipe's run directory and its stages, in order, after the checks of `plan_table`.
+
+    Raises:
+        ConfigError: as `plan_table`.
+    """
+    plan_table(config)
+    job = Run(config, lambda _: None)
+    return {"run": job.store.url, "stages": job.flow.names}
+
+
+def run_summary(run: Store, ended: Sequence[Event]) -> dict[str, Any]:
+    """What an execution did, as plain values.
+
+    Args:
+        run: the run directory.
+        ended: the last event of each stage, in order.
+    """
+    last = ended[-1].stage
+    manifest = read_manifest(run, last) or {}
+    emitted = manifest["report"] if last == "emission" else manifest
+    return {
+        "run": run.url,
+        "manifest": run.child(f"{folder_of(last)}/{MANIFEST}").url,
+        "rows": int(emitted["rows"]),
+        "done": [
+            {
+                "stage": event.stage,
+                "state": "nothing to do" if event.kind == "kept" else "computed",
+                "rows": event.rows,
+            }
+            for event in ended
+        ],
+    }
 
 
 def _models(flow: Flow, stage: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -10,45 +12,33 @@ import pyarrow.compute as pc
 
 from pipeline.flow import ROW_STAGES, folder_of
 from pipeline.rundir import opened_run, parts, read_manifest
+from stages.emission.diffs import word_diff
 from stages.errors import ConfigError
+from stages.rows import instruction
 from stages.storage import Store
 
 _LONGEST = 400
 _MOST = 10
 _LISTED = 40
+_MARKS = {"equal": "{}", "delete": "[-{}-]", "insert": "{{+{}+}}"}
+_OWN = ("id", "key", "messages_reflected", "embedding", "prefix_prompt_ids", "prefix_ids")
+"""Columns that are shown otherwise, or say nothing to a person."""
+
+Turns = list[Mapping[str, Any]]
 
 
-def story(url: str, row: str) -> str:
+def story(url: str, row: str, *, full: bool = False) -> str:
     """What happened to a row, as text; of a row that ingest rejected, why.
 
     Args:
         url: the run directory.
         row: the row's id, or enough of its first digits.
+        full: show whole texts; else long ones are cut.
 
     Raises:
         ConfigError: no run is there, or the id fits no row or several.
     """
-    run = opened_run(url)
-    found = found_row(run, row)
-    if found is None:
-        return "\n".join(_rejected(run, row))
-    part, place, record = found
-    lines = [
-        f"row       {record['id']}",
-        f"source    {_origin(record)}",
-        *_turns("text", record["messages"]),
-        *_instead_of(run, record["id"]),
-    ]
-    for stage in ROW_STAGES:
-        name = f"{folder_of(stage)}/{part}"
-        if not run.exists(name):
-            continue
-        values = run.read_table(name).slice(place, 1).to_pylist()[0]
-        lines.append(f"{stage:<10}{_values(stage, values)}")
-        if values.get("messages_reflected"):
-            lines += _turns("rewritten", values["messages_reflected"])
-    lines += _decision(run, record["id"])
-    return "\n".join(lines)
+    return "\n".join(_Story(opened_run(url), full).lines(row))
 
 
 def found_row(run: Store, row: str) -> tuple[str, int, dict[str, Any]] | None:
@@ -67,68 +57,160 @@ def found_row(run: Store, row: str) -> tuple[str, int, dict[str, Any]] | None:
     return part, place, record
 
 
-def _rejected(run: Store, row: str) -> list[str]:
-    """The story of a row that ingest rejected."""
-    hits = _rejects(run, lambda rejects: pc.starts_with(rejects["id"], row))
-    ids = sorted({hit["id"] for hit in hits})
-    if not hits:
-        raise ConfigError(
-            f"{run.url} holds no row whose id begins with {row}; a record that could not be read "
-            "has no id: look in ingest/rejects"
-        )
-    if len(ids) > 1:
-        raise ConfigError(f"{len(ids)} rejected rows begin with {row}: {', '.join(ids[:5])}")
-    lines = [f"row       {ids[0]}"]
-    for hit in hits:
-        lines += [f"source    {_origin(hit)}", f"ingest    rejected: {hit['reason']}"]
-        if hit["overlap"] is not None:
-            lines.append(f"          they share: {_shown(hit['overlap'])}")
-    kept = found_row(run, hits[0]["kept"]) if hits[0]["kept"] is not None else None
-    if kept is not None:
-        lines.append(f"kept      {kept[2]['id']}: {_origin(kept[2])}")
-        lines += _turns("", kept[2]["messages"])
-    return [*lines, f"record    {_shown(hits[0]['raw'])}"]
+@dataclass(frozen=True)
+class _Story:
+    """Reads a run to tell of one row."""
+
+    run: Store
+    full: bool
+
+    def lines(self, row: str) -> list[str]:
+        found = found_row(self.run, row)
+        if found is None:
+            return self._rejected(row)
+        part, place, record = found
+        lines = [
+            _line("row", record["id"]),
+            _line("source", f"{_origin(record)}, licence {record['license'] or 'not stated'}"),
+            *self._turns("text", record["messages"]),
+            *self._instead_of(record["id"]),
+        ]
+        if record["answer"] is not None:
+            lines.append(_line("answer", record["answer"]))
+        for stage in ROW_STAGES:
+            name = f"{folder_of(stage)}/{part}"
+            if not self.run.exists(name):
+                continue
+            values = self.run.read_table(name).slice(place, 1).to_pylist()[0]
+            lines.append(_line(stage, _values(stage, values)))
+            if values.get("messages_reflected"):
+                lines += self._changes(record["messages"], values["messages_reflected"])
+        return lines + self._decision(record)
+
+    def _rejected(self, row: str) -> list[str]:
+        """The story of a row that ingest rejected."""
+        hits = self._rejects(lambda rejects: pc.starts_with(rejects["id"], row))
+        ids = sorted({hit["id"] for hit in hits})
+        if not hits:
+            raise ConfigError(
+                f"{self.run.url} holds no row whose id begins with {row}; a record that could not "
+                "be read has no id: look in ingest/rejects"
+            )
+        if len(ids) > 1:
+            raise ConfigError(f"{len(ids)} rejected rows begin with {row}: {', '.join(ids[:5])}")
+        lines = [_line("row", ids[0])]
+        for hit in hits:
+            lines.append(_line("source", _origin(hit)))
+            lines.append(_line("ingest", f"rejected: {hit['reason']}"))
+            if hit["overlap"] is not None:
+                lines.append(_line("", f"they share: {self._cut(hit['overlap'])}"))
+        kept = found_row(self.run, hits[0]["kept"]) if hits[0]["kept"] is not None else None
+        if kept is not None:
+            lines.append(_line("kept", f"{kept[2]['id']}: {_origin(kept[2])}"))
+            lines += self._turns("", kept[2]["messages"])
+        return [*lines, _line("record", self._cut(hits[0]["raw"]))]
+
+    def _instead_of(self, row: str) -> list[str]:
+        """Rows that ingest rejected as duplicates of this one."""
+        hits = self._rejects(lambda rejects: pc.equal(rejects["kept"], row))
+        told = [f"{_origin(hit)}: {hit['reason']}" for hit in hits[:_MOST]]
+        if len(hits) > _MOST:
+            told.append(f"and {len(hits) - _MOST} more")
+        return [_line("" if number else "instead of", text) for number, text in enumerate(told)]
+
+    def _rejects(self, wanted: Callable[[pa.Table], pa.ChunkedArray]) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        for part in parts(self.run, "ingest/rejects"):
+            name = f"ingest/rejects/{part}"
+            places = pc.indices_nonzero(wanted(self.run.read_table(name, ["id", "kept"])))
+            if len(places):
+                found += self.run.read_table(name).take(places).to_pylist()
+        return found
+
+    def _turns(self, title: str, messages: Turns) -> list[str]:
+        return [
+            _line("" if number else title, f"{turn['role']}: {self._cut(turn['content'])}")
+            for number, turn in enumerate(messages)
+        ]
+
+    def _changes(self, before: Turns, after: Turns) -> list[str]:
+        """The turns that were rewritten: whole, and what was [-deleted-] and {+inserted+}."""
+        lines = []
+        for old, new in zip(before, after, strict=True):
+            if old["content"] == new["content"]:
+                continue
+            lines.append(_line("rewritten", f"{new['role']}: {self._cut(new['content'])}"))
+            changed = "".join(
+                _MARKS[piece.kind].format(piece.text)
+                for piece in word_diff(old["content"], new["content"])
+            )
+            lines.append(_line("changes", f"{new['role']}: {self._cut(changed)}"))
+        return lines
+
+    def _decision(self, record: Mapping[str, Any]) -> list[str]:
+        """What selection, mixture and emission made of a row."""
+        if read_manifest(self.run, "selection") is None:
+            return [_line("selection", "not done yet")]
+        decisions = self.run.read_table("selection/decisions.parquet")
+        found = _all(decisions, record["id"])
+        if not found:
+            return [_line("selection", "made before this row was ingested; run again")]
+        keep, reason, score = (found[0][name] for name in ("keep", "reason", "score"))
+        ranked = "" if score is None else f" (score {score:.4g})"
+        lines = [_line("selection", f"{'kept' if keep else 'dropped'}: {reason}{ranked}")]
+        other = re.search(r"\b[0-9a-f]{32}\b", reason)
+        named = found_row(self.run, other.group()) if other else None
+        if named is not None:
+            asked = self._cut(instruction(named[2]["messages"]) or "")
+            lines.append(_line("", f"that row is of {_origin(named[2])}: {asked}"))
+        return [*lines, *self._drawn(record)] if keep else lines
+
+    def _drawn(self, record: Mapping[str, Any]) -> list[str]:
+        """The weight of a kept row's source, and where the row was emitted."""
+        lines, source = [], record["source"]
+        mixture = read_manifest(self.run, "mixture")
+        if mixture is not None:
+            weight = mixture["report"]["weights"].get(source, 0.0)
+            lines.append(_line("mixture", f"{source} has the weight {weight:.4f}"))
+        emission = read_manifest(self.run, "emission")
+        if emission is None:
+            return [*lines, _line("emission", "not done yet")]
+        found = _all(self.run.read_table("dataset/emitted.parquet"), record["id"])
+        for place in found:
+            split = place["shard"].rpartition("/")[2].partition("-")[0]
+            where = f"{split}: {place['shard']}, line {place['position']}"
+            lines.append(_line("emission", where))
+        if not found:
+            report = emission["report"]
+            facts = report["sources"][source]
+            told = f"{source} gives {facts['quota']:,} {report['unit']} of {facts['available']:,}"
+            lines.append(_line("emission", f"not drawn: {told}, and others were taken"))
+        for path in (file["path"] for file in emission["files"]):
+            if path.startswith("prefix/"):
+                ids = self.run.read_table(f"dataset/{path}", ["id"])["id"].to_pylist()
+                if record["id"] in ids:
+                    lines.append(_line("prefix", f"{path}, line {ids.index(record['id'])}"))
+        return lines
+
+    def _cut(self, text: str) -> str:
+        if self.full or len(text) <= _LONGEST:
+            return text
+        return f"{text[:_LONGEST]} … ({len(text)} characters)"
 
 
-def _instead_of(run: Store, row: str) -> list[str]:
-    """Rows that ingest rejected as duplicates of this one."""
-    hits = _rejects(run, lambda rejects: pc.equal(rejects["kept"], row))
-    lines = [f"{_origin(hit)}: {hit['reason']}" for hit in hits[:_MOST]]
-    if len(hits) > _MOST:
-        lines.append(f"and {len(hits) - _MOST} more")
-    return [f"{'instead of' if number == 0 else '':<11}{line}" for number, line in enumerate(lines)]
-
-
-def _rejects(run: Store, wanted: Callable[[pa.Table], pa.ChunkedArray]) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    for part in parts(run, "ingest/rejects"):
-        name = f"ingest/rejects/{part}"
-        places = pc.indices_nonzero(wanted(run.read_table(name, ["id", "kept"])))
-        if len(places):
-            found += run.read_table(name).take(places).to_pylist()
-    return found
+def _line(title: str, text: str) -> str:
+    """A line of the story; further lines of its text stand under its first."""
+    return f"{title:<12}" + text.replace("\n", "\n" + " " * 12)
 
 
 def _origin(record: Mapping[str, Any]) -> str:
     return f"{record['source']}: {record['file']}, record {record['record']}"
 
 
-def _turns(title: str, messages: list[Mapping[str, Any]]) -> list[str]:
-    lines = []
-    for number, turn in enumerate(messages):
-        shown = _shown(turn["content"])
-        lines.append(f"{title if number == 0 else '':<10}{turn['role']}: {shown}")
-    return lines
-
-
-def _shown(text: str) -> str:
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} … ({len(text)} characters)"
-
-
 def _values(stage: str, values: Mapping[str, Any]) -> str:
     shown = [str(values[f"{stage}_status"])]
     for name, value in values.items():
-        if name in ("id", f"{stage}_status", "messages_reflected", "embedding") or value is None:
+        if name in (*_OWN, f"{stage}_status") or value is None:
             continue
         long = isinstance(value, list) and len(value) > _LISTED
         shown.append(f"{name} {f'{len(value)} values' if long else _number(value)}")
@@ -141,34 +223,6 @@ def _number(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_number(item) for item in value) + "]"
     return str(value)
-
-
-def _decision(run: Store, row: str) -> list[str]:
-    lines = []
-    if read_manifest(run, "selection") is not None:
-        decision = _only(run.read_table("selection/decisions.parquet"), row)
-        if decision:
-            verdict = "kept" if decision["keep"] else "dropped"
-            score = decision["score"]
-            ranked = "" if score is None else f" (score {score:.4g})"
-            lines.append(f"selection {verdict}: {decision['reason']}{ranked}")
-            if decision["keep"] and read_manifest(run, "emission") is not None:
-                lines.append(f"emission  {_emitted(run, row)}")
-    return lines
-
-
-def _emitted(run: Store, row: str) -> str:
-    manifest = read_manifest(run, "emission") or {}
-    tables = [f["path"] for f in manifest["files"] if f["path"].startswith("emitted")]
-    found = [r for name in tables for r in _all(run.read_table(f"dataset/{name}"), row)]
-    if not found:
-        return "not drawn: its source's quota was filled by other rows"
-    return "; ".join(f"{r['shard']}, line {r['position']}" for r in found)
-
-
-def _only(table: pa.Table, row: str) -> dict[str, Any] | None:
-    found = _all(table, row)
-    return found[0] if found else None
 
 
 def _all(table: pa.Table, row: str) -> list[dict[str, Any]]:

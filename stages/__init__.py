@@ -15,14 +15,23 @@ features    similarity of each row to the targets by what both activate
 concepts    the latents that bear on what comes next, token by token
 embedding   a sentence vector of each row
 baselines   random, longest, and four similarities to the targets, to compare with
+valuation   what each row adds to the pool's nearness to the targets
 selection   keep or drop, with a reason
 explanation what made selected rows similar, for the report
 mixture     weights of sources by optimal transport, with a certificate
 emission    quotas → shards, card, report, lineage
 
-Outside the flow: groups (difficulty groups and cost-of-pass, for `tamis analyse`) and synthesis
-(new problems and their solutions, for `tamis synthesize`).
+Outside the flow: groups (difficulty groups and cost-of-pass, for `tamis analyse`), synthesis (new
+problems and their solutions, for `tamis synthesize`), pilots (small trainings on a design of
+mixtures) and forecast (what they say of other mixtures and budgets), both for `tamis pilot`.
 
-Beside them: engines (models), base (the contract), rows (the schema), rules, storage, errors.
-Nothing here imports the application (`pipeline`), and importing `stages` loads no model library.
+Beside them: session (all of it on rows in memory, for notebooks and scripts), engines (models),
+base (the contract), rows (the schema), rules, storage, errors. Nothing here imports the application
+(`pipeline`), and importing `stages` loads no model library.
 """
+
+from stages.lazy import lazy_names
+
+__all__ = ["Session"]
+
+__getattr__ = lazy_names(__name__, {"Session": "session.session"})

@@ -17,7 +17,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
 from stages.engines.settings import ModelSettings
-from stages.errors import StageError
+from stages.errors import ConfigError, StageError
 from stages.storage import Store
 
 T = TypeVar("T")
@@ -90,6 +90,22 @@ class EngineSpec:
     model: str
     settings: ModelSettings
     asks: Literal["ids", "messages"] = "ids"
+
+
+def check_endpoints(stage: str, engines: Mapping[str, EngineSpec]) -> None:
+    """Refuse a model behind an endpoint where a stage needs more of it than text for messages.
+
+    Raises:
+        ConfigError: naming the model.
+    """
+    for role, spec in engines.items():
+        if spec.settings.endpoint is None or spec.asks == "messages":
+            continue
+        raise ConfigError(
+            f"{stage} can't use models.{spec.model} (engine: openai) as its {role}: it works "
+            "with token ids, log-probabilities or activations, which endpoints don't give; "
+            "name a model with engine: transformers or vllm"
+        )
 
 
 class ShardedColumns(Protocol):

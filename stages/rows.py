@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any, NotRequired, TypedDict, cast
+from typing import NotRequired, TypedDict, cast
 
+import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -102,12 +103,18 @@ def canonical_json(value: object) -> str:
 
 def row_id(messages: Sequence[Message], tools: str | None) -> str:
     """BLAKE2b-128 of the canonical JSON of messages and tools, nulls left out; 32 hex digits."""
-    return _digest(messages, tools)
+    return _digest(_turns(messages), tools)
 
 
 def group_id(messages: Sequence[Message], tools: str | None) -> str:
     """The same digest over the prompt alone: several responses to one prompt share it."""
-    return _digest(prompt(messages), tools)
+    return _digest(_turns(prompt(messages)), tools)
+
+
+def row_and_group_id(messages: Sequence[Message], tools: str | None) -> tuple[str, str]:
+    """Both at once, in little more time than one."""
+    turns = _turns(messages)
+    return _digest(turns, tools), _digest(turns[: len(prompt(messages))], tools)
 
 
 def prompt(messages: Sequence[Message]) -> Sequence[Message]:
@@ -160,11 +167,20 @@ def key_hash(row: str, seed: int) -> int:
     return int.from_bytes(digest, "big")
 
 
-def _digest(messages: Sequence[Message], tools: str | None) -> str:
-    turns: list[dict[str, Any]] = [
-        {key: value for key, value in turn.items() if value is not None} for turn in messages
+def _turns(messages: Sequence[Message]) -> list[bytes]:
+    """Each turn's canonical JSON, nulls left out."""
+    # Of text and booleans orjson writes what `canonical_json` does, in a fifth of the time.
+    return [
+        orjson.dumps(
+            {key: value for key, value in turn.items() if value is not None},
+            option=orjson.OPT_SORT_KEYS,
+        )
+        for turn in messages
     ]
-    value: dict[str, Any] = {"messages": turns}
+
+
+def _digest(turns: Sequence[bytes], tools: str | None) -> str:
+    text = b'{"messages":[' + b",".join(turns) + b"]"
     if tools is not None:
-        value["tools"] = tools
-    return hashlib.blake2b(canonical_json(value).encode(), digest_size=16).hexdigest()
+        text += b',"tools":' + orjson.dumps(tools)
+    return hashlib.blake2b(text + b"}", digest_size=16).hexdigest()

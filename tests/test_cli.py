@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -103,13 +104,37 @@ def test_ctrl_c_exits_130_and_the_next_run_goes_on(tmp_path: Path) -> None:
     assert (run / "difficulty" / "part-00000.parquet").stat().st_mtime_ns == first
 
 
+def test_plan_as_json_names_the_run_and_its_stages_in_its_last_line(recipe: Any) -> None:
+    done = tamis("plan", recipe.save(), "--json")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["run"] == str(recipe.run_folder)
+    assert said["stages"][:3] == ["ingest", "difficulty", "reflection"]
+
+
+def test_stage_as_json_says_what_was_done_in_its_last_line(recipe: Any) -> None:
+    states = []
+    for _ in range(2):
+        done = tamis("stage", "ingest", recipe.save(), "--json")
+        assert done.returncode == 0, done.stderr
+        said = json.loads(done.stdout.splitlines()[-1])
+        manifest = json.loads(Path(said["manifest"]).read_text())
+        assert said["rows"] == manifest["rows"] == 19
+        assert [one["stage"] for one in said["done"]] == ["ingest"]
+        states.append(said["done"][0]["state"])
+    assert states == ["computed", "nothing to do"]
+
+
 def test_debug_shows_the_traceback() -> None:
     done = tamis("run", "nowhere.yaml", "--debug")
     assert "Traceback" in done.stderr
     assert done.returncode != 0
 
 
-@pytest.mark.parametrize("command", ["run", "plan", "stage", "status", "verify", "why"])
+@pytest.mark.parametrize(
+    "command",
+    ["run", "plan", "stage", "status", "verify", "why", "report", "push", "submit", "job"],
+)
 def test_every_command_has_help(command: str) -> None:
     done = tamis(command, "--help")
     assert done.returncode == 0

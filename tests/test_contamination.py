@@ -104,13 +104,13 @@ def test_a_source_of_nothing_else_stops_the_run_unless_allowed(
     path = lines(tmp_path / "x.jsonl", [{"question": LONG, "answer": "far"}])
     with pytest.raises(StageError, match=r"contaminated 1.*allow_empty_sources"):
         ingest([Source(name="x", path=path)], [goal], IngestSettings(), Store(str(tmp_path / "r")))
-    report = ingest(
-        [Source(name="x", path=path)],
-        [goal],
-        IngestSettings(allow_empty_sources=True),
-        Store(str(tmp_path / "s")),
-    )
-    assert report.sources["x"].kept == 0
+    wanted = IngestSettings(allow_empty_sources=True)
+    other = lines(tmp_path / "y.jsonl", [{"question": "Who?", "answer": "Me."}])
+    sources = [Source(name="x", path=path), Source(name="y", path=other)]
+    report = ingest(sources, [goal], wanted, Store(str(tmp_path / "s")))
+    assert (report.sources["x"].kept, report.sources["y"].kept) == (0, 1)
+    with pytest.raises(StageError, match="no source has a row left"):
+        ingest(sources[:1], [goal], wanted, Store(str(tmp_path / "t")))
 
 
 def test_a_set_that_cannot_be_read_is_an_error(tmp_path: Path, pool: Source) -> None:

@@ -92,6 +92,15 @@ def test_report_does_not_depend_on_shards(tmp_path: Path) -> None:
     assert first["lower_bound"] == pytest.approx(second["lower_bound"], rel=1e-12)
 
 
+def test_shards_without_a_kept_row_are_passed_over(tmp_path: Path) -> None:
+    rows, wanted, decisions, *rest = planted(80, 60, (0.6, 0.4))
+    kept = [not 20 <= i < 60 for i in range(160)]
+    some = decisions.set_column(2, "keep", pa.array(kept))
+    dropped = solve(tmp_path, (rows, wanted, some, *rest), 10, rows_per_source=30)
+    absent = (rows.filter(kept), wanted, decisions.filter(kept), *rest)
+    assert dropped == solve(tmp_path, absent, 10, rows_per_source=30)
+
+
 def test_sample_grows_until_the_gap_is_met_or_the_limit(tmp_path: Path) -> None:
     data = planted(400, 100, (0.6, 0.4))
     loose = solve(tmp_path, data, rows_per_source=20, tolerance=10)

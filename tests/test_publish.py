@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
+
+from pipeline.why import story
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKEN = "hf_of_this_test"
@@ -119,6 +123,7 @@ def run(recipe: Any, execute: Any) -> Path:
         shutil.copytree(_FINISHED[0], folder)
         return folder
     recipe.value["emission"] = {"budget_rows": 8, "validation": 0.25}
+    recipe.value["prefixes"] = {"tokens": 8, "share": 0.3, "max_new_tokens": 16}
     recipe.value["sources"][0]["license"] = "mit"
     execute()
     _FINISHED.append(folder.with_name("finished"))
@@ -136,7 +141,8 @@ def test_push_uploads_the_data_set_and_neither_report_nor_run_files(run: Path, h
     expected = {
         "README.md", "lineage.json", "croissant.json", "recipe.yaml", "dataset_info.json",
         "trainers/trl_sft.py", "trainers/axolotl.yaml", "data/train-00000-of-00001.parquet",
-        "validation/validation-00000-of-00001.parquet",
+        "validation/validation-00000-of-00001.parquet", "prefix/train-00000-of-00001.parquet",
+        "prefix/validation-00000-of-00001.parquet",
     }  # fmt: skip
     assert set(hub.files) == expected == listed(done.stdout)
     for name, data in hub.files.items():
@@ -205,3 +211,65 @@ def test_report_without_a_data_set_says_so(recipe: Any, execute: Any) -> None:
     done = tamis("report", str(recipe.run_folder))
     assert done.returncode == 2
     assert "no data set yet" in done.stderr
+
+
+def test_why_tells_what_became_of_every_row(run: Path) -> None:
+    """Of kept, undrawn and dropped rows alike; what it says is looked up in the files."""
+    decisions = pq.read_table(run / "selection" / "decisions.parquet").to_pylist()
+    emitted = set(pq.read_table(run / "dataset" / "emitted.parquet")["id"].to_pylist())
+    reflected = {
+        row["id"]: row["messages_reflected"]
+        for part in sorted((run / "reflection").glob("part-*.parquet"))
+        for row in pq.read_table(part, columns=["id", "messages_reflected"]).to_pylist()
+    }
+    told = {row["id"]: story(str(run), row["id"], full=True) for row in decisions}
+    fates = set()
+    for row in decisions:
+        text = told[row["id"]]
+        lines = {line[:12].strip(): line[12:] for line in text.splitlines() if line[:12].strip()}
+        for stage in ("difficulty", "reflection", "prefixes", "features", "embedding"):
+            assert lines[stage].startswith(("ok", "failed"))
+        if row["keep"]:
+            assert lines["selection"].startswith("kept")
+            assert "has the weight" in lines["mixture"]
+        else:
+            assert lines["selection"].startswith(f"dropped: {row['reason']}")
+            assert "emission" not in lines
+        if row["id"] in emitted:
+            fates.add("emitted")
+            for name in ("emission", "prefix"):
+                match = re.search(r"(\S+\.parquet), line (\d+)", lines[name])
+                assert match
+                file, line = run / "dataset" / match[1], int(match[2])
+                assert pq.read_table(file)["id"][line].as_py() == row["id"]
+        elif row["keep"]:
+            fates.add("not drawn")
+            assert lines["emission"].startswith("not drawn: ")
+        else:
+            fates.add("dropped")
+        assert ("changes" in lines) == (reflected[row["id"]] is not None)
+        if reflected[row["id"]]:
+            fates.add("rewritten")
+            new = reflected[row["id"]][-1]["content"]
+            assert lines["rewritten"].endswith(new)
+            after = re.sub(r"\[-.*?-\]", "", lines["changes"]).replace("{+", "").replace("+}", "")
+            assert after.endswith(new)
+    assert fates == {"emitted", "not drawn", "dropped", "rewritten"}
+
+
+def test_license_policy_holds_from_record_to_data_set(recipe: Any, execute: Any) -> None:
+    recipe.value["sources"][0]["license"] = "MIT"
+    recipe.value["license_policy"] = {"allow": ["mit"]}
+    recipe.value["models"]["teacher"]["terms"] = "unrestricted"
+    recipe.value["emission"] = {"budget_rows": 4}
+    execute()
+    folder = recipe.run_folder
+    decisions = pq.read_table(folder / "selection" / "decisions.parquet").to_pylist()
+    for row in decisions:
+        assert (row["reason"] == "license: not stated") == (row["source"] == "pears")
+    lineage = json.loads((folder / "dataset" / "lineage.json").read_text())
+    assert lineage["licenses"] == {"apples": {"mit": 4}}
+    assert lineage["warnings"] == []
+    card = (folder / "dataset" / "README.md").read_text()
+    assert card.startswith("---\nlicense: mit\n")
+    assert "Rows of other licences than mit were blocked: 9." in card

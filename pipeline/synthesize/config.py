@@ -8,7 +8,6 @@ from typing import Any, Self
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from pipeline.recipe_file import (
-    explained,
     own_name,
     raw_values,
     resolve_paths,
@@ -16,6 +15,7 @@ from pipeline.recipe_file import (
 from stages.base import Settings
 from stages.engines.settings import ModelSettings
 from stages.errors import ConfigError
+from stages.explained import explained
 from stages.sources.settings import Source, Target
 from stages.synthesis.settings import (
     FilterSettings,

@@ -14,19 +14,23 @@ def train_sae(
         list[str] | None,
         typer.Option("--set", metavar="A.B=V", help="Override a field; repeatable."),
     ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Say as a last line of JSON what was done.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Train a sparse autoencoder on a student's activations; go on where it was interrupted."""
     # Imported when called: pipeline.cli registers this module's command.
     from pipeline.cli import _guarded
 
-    _guarded(lambda: _train(recipe, set_ or []), debug)
+    _guarded(lambda: _train(recipe, set_ or [], as_json), debug)
 
 
-def _train(recipe: str, overrides: list[str]) -> None:
+def _train(recipe: str, overrides: list[str], as_json: bool) -> None:
     from rich.console import Console
 
-    from pipeline.cli import _quieten, console
+    from pipeline.cli import _quieten, console, json_line
+    from pipeline.rundir import MANIFEST
     from pipeline.train_sae.config import read_train_sae
     from pipeline.train_sae.progress import TrainingLines, TrainingLive
     from pipeline.train_sae.runner import CURVE, train_sae
@@ -50,3 +54,13 @@ def _train(recipe: str, overrides: list[str]) -> None:
     )
     run = config.execution.run
     out.print(f"autoencoder: {run}\ncurve: {run}/{CURVE}", highlight=False, soft_wrap=True)
+    if as_json:
+        state = "nothing to do" if done.was_complete else "computed"
+        json_line(
+            {
+                "run": run,
+                "manifest": f"{run.rstrip('/')}/{MANIFEST}",
+                "held_out": {name: held_out[name] for name in ("fvu", "l0", "ce_recovered")},
+                "done": [{"stage": "train-sae", "state": state}],
+            }
+        )

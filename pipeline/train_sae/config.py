@@ -8,7 +8,6 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from pipeline.recipe_file import (
-    explained,
     own_name,
     raw_values,
     resolve_paths,
@@ -17,6 +16,7 @@ from stages.base import Settings
 from stages.dictionary.settings import Part
 from stages.engines.settings import ModelSettings
 from stages.errors import ConfigError
+from stages.explained import explained
 from stages.sources.settings import Source
 
 

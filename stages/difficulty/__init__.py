@@ -6,19 +6,15 @@ without its prompt; near 1 the prompt hardly helps.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from stages.lazy import lazy_names
 
 __all__ = ["DifficultySettings", "DifficultyStage", "reference_losses"]
 
-_HOME = {
-    "DifficultySettings": "settings",
-    "DifficultyStage": "stage",
-    "reference_losses": "compat",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__} has no attribute {name}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "DifficultySettings": "settings",
+        "DifficultyStage": "stage",
+        "reference_losses": "compat",
+    },
+)

@@ -128,7 +128,10 @@ def _use(facts: Facts, trainers: Sequence[str]) -> str:
         counts = {name: facts.splits[name] for name in (TRAIN, VALIDATION)}
         held = "\n\n" + _table(
             ["split", "rows", "prompts"],
-            [[name, f"{lines:,}", f"{prompts:,}"] for name, (lines, prompts) in counts.items()],
+            [
+                [name, f"{lines:,}", f"{prompts or 0:,}"]
+                for name, (lines, prompts) in counts.items()
+            ],
             left=1,
         )
         held += (
@@ -348,8 +351,30 @@ def _reproduce(facts: Facts) -> str:
         f"alone, so put them beside it or mend the paths.\n\n```sh\n{commands}\n```\n\n"
         f"That gives the same rows in the same order (seed {facts.seed}) from the same sources and "
         "models on one machine type; stages of equal fingerprint computed the same. Rows that a "
-        "GPU, vLLM or an endpoint generated anew may differ."
+        "GPU, vLLM or an endpoint generated anew may differ. A model behind an endpoint needs its "
+        "address: `--set models.NAME.endpoint.base_url=URL`."
         f"{shown}"
+    )
+
+
+def _looked_for(recipe: Mapping[str, Any]) -> str:
+    """Which duplicates and which overlaps were removed, and which were not looked for."""
+    near = (recipe.get("ingest") or {}).get("near_duplicates")
+    contamination = recipe.get("contamination") or {}
+    sets = [str(one["name"]) for one in contamination.get("sets") or []]
+    if contamination.get("targets") and recipe.get("targets"):
+        sets.insert(0, "the targets")
+    return (
+        f"Exact duplicates were removed, and near ones (Jaccard similarity of {near['threshold']} "
+        "and more). "
+        if near
+        else "Exact duplicates were removed; near ones were not looked for. "
+    ) + (
+        f"Rows that share {contamination['ngram']} words in a row with {', '.join(sets)} were "
+        "removed; paraphrases and other evaluation sets were not looked for."
+        if sets
+        else "Overlap with targets or evaluation sets was not looked for: check before you "
+        "report scores on them."
     )
 
 
@@ -358,7 +383,7 @@ def _limits(facts: Facts) -> list[str]:
     limits = [
         "Rows were chosen by models' scores and by distance to the targets. Nobody read them all: "
         "wrong answers, personal data, bias and harmful text that the sources hold may be here.",
-        *_duplicates(facts),
+        _looked_for(facts.recipe),
         "Licences are what sources and records declare. A source without one is marked so: find "
         "out before you publish.",
     ]
@@ -402,25 +427,6 @@ def _limits(facts: Facts) -> list[str]:
     if facts.settings.format == "messages" and "tools" in facts.columns:
         limits.append("`tools` and `tool_calls` are JSON text: parse them before a chat template.")
     return limits
-
-
-def _duplicates(facts: Facts) -> list[str]:
-    """What was looked for among the rows, and what wasn't."""
-    ingest = facts.recipe.get("ingest") or {}
-    done = ["exact duplicates"]
-    undone: list[str] = []
-    for name, words in (
-        ("near_duplicates", "near duplicates"),
-        ("contamination", "rows that overlap targets or the listed evaluation sets"),
-    ):
-        (done if ingest.get(name) else undone).append(words)
-    said = [f"Removed were {' and '.join(done)}."]
-    if undone:
-        said.append(
-            f"Not looked for were {' and '.join(undone)}: check before you report scores on "
-            "evaluation sets."
-        )
-    return [" ".join(said)]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:

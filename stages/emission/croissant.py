@@ -129,18 +129,33 @@ def _record_set(name: str, files: str, schema: pa.Schema) -> dict[str, Any]:
 
 
 def _field(record: str, files: str, column: pa.Field) -> dict[str, Any]:
+    """A column; of structs, the fields that aren't lists themselves, as Croissant nests once."""
     kind, repeated = column.type, False
     while pa.types.is_list(kind):
         kind, repeated = kind.value_type, True
+    extract = {"fileSet": {"@id": files}, "extract": {"column": column.name}}
     value: dict[str, Any] = {
         "@type": "cr:Field",
         "@id": f"{record}/{column.name}",
         "name": column.name,
         "description": _ABOUT[column.name],
-        "dataType": _data_type(kind),
-        "source": {"fileSet": {"@id": files}, "extract": {"column": column.name}},
+        **({"repeated": True} if repeated else {}),
     }
-    return value | ({"repeated": True} if repeated else {})
+    if not pa.types.is_struct(kind):
+        return value | {"dataType": _data_type(kind), "source": extract}
+    return value | {
+        "subField": [
+            {
+                "@type": "cr:Field",
+                "@id": f"{record}/{column.name}/{part.name}",
+                "name": part.name,
+                "dataType": _data_type(part.type),
+                "source": {**extract, "transform": {"jsonPath": part.name}},
+            }
+            for part in kind
+            if not pa.types.is_list(part.type)
+        ]
+    }
 
 
 def _data_type(kind: pa.DataType) -> str:

@@ -43,6 +43,8 @@ class SourceFacts:
         distinct: emitted rows, copies not counted.
         tokens: tokens of the emitted lines.
         shortfall: quota less what was emitted, in the quota's unit.
+        duplicate_of: exact and near duplicates by the source of the row that stays.
+        overlaps: contaminated rows by target or evaluation set.
     """
 
     name: str
@@ -62,6 +64,8 @@ class SourceFacts:
     distinct: int
     tokens: int
     shortfall: int
+    duplicate_of: Mapping[str, int] = field(default_factory=dict)
+    overlaps: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class Facts:
         stated: rows of the run by source and licence.
         models: of the recipe.
         windows: rows that models' windows didn't hold whole.
-        splits: lines and prompts by split.
+        splits: lines and prompts by split; prompts are counted where there are two splits.
         prefix: numbers of the data set of prefixes, None where there is none.
         concepts: lines of the data set of concepts, by split.
         rewritten: emitted lines whose text was rewritten.
@@ -100,7 +104,7 @@ class Facts:
     stated: Mapping[str, Mapping[str | None, int]]
     models: Sequence[ModelFacts]
     windows: Sequence[WindowFacts]
-    splits: Mapping[str, tuple[int, int]]
+    splits: Mapping[str, tuple[int, int | None]]
     prefix: PrefixFacts | None
     concepts: Mapping[str, int]
     rewritten: int
@@ -211,6 +215,11 @@ def source_facts(
                 distinct=len(np.unique(lines)),
                 tokens=tokens,
                 shortfall=quotas.get(name, 0) - (tokens if unit == "tokens" else len(lines)),
+                duplicate_of=Counter(counts.get("duplicate_of"))
+                + Counter(counts.get("near_duplicate_of")),
+                overlaps={
+                    one: sum(kinds.values()) for one, kinds in counts.get("overlaps", {}).items()
+                },
             )
         )
     return facts

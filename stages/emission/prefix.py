@@ -104,15 +104,15 @@ def prefix_tables(gathered: Gathered, splits: Mapping[str, IntArray]) -> dict[st
         return tables
     for split, order in splits.items():
         _, first = np.unique(order, return_index=True)
-        lines: list[dict[str, Any]] = []
+        rows = order[np.sort(first)]
         seen: set[str] = set()
-        for row in gathered.rows(order[np.sort(first)], _READ).to_pylist():
-            prompt = group_id(row["effective"], None)
-            if row["prefix_kind"] is not None and prompt not in seen:
-                seen.add(prompt)
-                lines.append(_line(row))
-        if lines:
-            tables[split] = pa.Table.from_pylist(lines, schema=SCHEMA)
+        pieces = [
+            _lines(gathered.rows(rows[start : start + _ROWS], _READ), seen)
+            for start in range(0, len(rows), _ROWS)
+        ]
+        table = pa.concat_tables(pieces).combine_chunks()
+        if table.num_rows:
+            tables[split] = table
     return tables
 
 
@@ -145,6 +145,8 @@ def prefix_facts(tables: Mapping[str, pa.Table], gathered: Gathered) -> PrefixFa
     )
 
 
+_ROWS = 1_024
+"""Rows that are held as Python objects at once."""
 _READ = (
     "id",
     "source",
@@ -154,6 +156,17 @@ _READ = (
     "prefix_ids",
     "prefix_text",
 )
+
+
+def _lines(rows: pa.Table, seen: set[str]) -> pa.Table:
+    """Lines of the rows whose prompt hasn't been seen."""
+    lines: list[dict[str, Any]] = []
+    for row in rows.to_pylist():
+        prompt = group_id(row["effective"], None)
+        if row["prefix_kind"] is not None and prompt not in seen:
+            seen.add(prompt)
+            lines.append(_line(row))
+    return pa.Table.from_pylist(lines, schema=SCHEMA)
 
 
 def _line(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -135,14 +135,14 @@ def emitted_licenses(
 ) -> dict[str, Counter[str | None]]:
     """Emitted lines by source and licence: the record's own, else its source's, else None."""
     declared = {entry["name"]: entry.get("license") for entry in recipe.get("sources") or []}
-    counted: dict[str, Counter[str | None]] = {}
     columns = ["source", *(["license"] if gathered.holds("license") else [])]
-    table = gathered.rows(order, columns)
-    stated = table["license"].to_pylist() if "license" in columns else [None] * table.num_rows
-    for source, own in zip(table["source"].to_pylist(), stated, strict=True):
-        name = license_name(own or declared.get(source))
-        counted.setdefault(source, Counter())[name] += 1
-    return counted
+    groups = gathered.rows(order, columns).group_by(columns).aggregate([([], "count_all")])
+    counted: dict[str, Counter[str | None]] = {}
+    for group in groups.to_pylist():
+        source = group["source"]
+        name = license_name(group.get("license") or declared.get(source))
+        counted.setdefault(source, Counter())[name] += group["count_all"]
+    return dict(sorted(counted.items()))
 
 
 def license_warnings(

@@ -23,6 +23,7 @@ class StageRecord:
         rows_reused: rows taken from earlier work.
         statuses: rows by status.
         report: the stage's own numbers.
+        cost: what the last execution paid to endpoints, None where no price is known.
     """
 
     name: str
@@ -34,6 +35,7 @@ class StageRecord:
     rows_reused: int | None = None
     statuses: Mapping[str, int] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict)
+    cost: float | None = None
 
     @property
     def asked(self) -> int:
@@ -49,6 +51,8 @@ def read_records(artifacts: Mapping[str, Store]) -> list[StageRecord]:
 def _record(name: str, store: Store) -> StageRecord:
     manifest = _json(store, "manifest.json")
     identity = _json(store, "identity.json")
+    spent = (manifest.get("endpoints") or {}).values()
+    prices = [float(role["cost"]) for role in spent if "cost" in role]
     return StageRecord(
         name=name,
         version=identity.get("version"),
@@ -59,6 +63,7 @@ def _record(name: str, store: Store) -> StageRecord:
         rows_reused=manifest.get("rows_reused"),
         statuses=manifest.get("counts") or {},
         report=manifest.get("report") or {},
+        cost=sum(prices) if prices else None,
     )
 
 

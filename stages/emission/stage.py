@@ -328,7 +328,8 @@ class EmissionStage:
             models=model_facts(self.recipe, plan.records),
             windows=window_facts(self.recipe, plan.records, gathered),
             splits={
-                name: (len(rows), prompt_count(gathered, rows)) for name, rows in splits.items()
+                name: (len(rows), prompt_count(gathered, rows) if len(splits) > 1 else None)
+                for name, rows in splits.items()
             },
             prefix=prefix,
             concepts=concepts,

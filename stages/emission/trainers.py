@@ -19,8 +19,8 @@ from stages.emission.splits import VALIDATION
 
 _TRL = Path(__file__).with_name("trl_sft.txt")
 _AXOLOTL_NOTE = (
-    "# Merge into an Axolotl config. `path` is relative to where axolotl is started: start it in "
-    "the\n# data set's folder, or put the folder or the data set's name on the Hub there.\n"
+    "# Merge into an Axolotl config. `path` is relative to where axolotl is started, and a run "
+    "calls the\n# data set's folder so: put its own path, or its name on the Hub, there.\n"
 )
 
 
@@ -100,7 +100,7 @@ def _axolotl(name: str, schema: Schema, splits: Mapping[str, Any]) -> bytes:
         if "train" in schema.layout.turn:
             kind["message_field_training"] = "train"
     value = {
-        key: [{"path": ".", "name": "default", "split": split, **kind}]
+        key: [{"path": "dataset", "name": "default", "split": split, **kind}]
         for split in splits
         for key in ["test_datasets" if split == VALIDATION else "datasets"]
     }

@@ -6,6 +6,7 @@ Weights are read from safetensors or GGUF, never from pickles.
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import importlib.util
@@ -16,6 +17,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakValueDictionary
 
 from stages.engines.attention import use_cpu_attention
 from stages.errors import ConfigError, EngineError
@@ -143,8 +145,37 @@ def decoder_shape(settings: ModelSettings) -> tuple[int, int]:
     return int(config.num_hidden_layers), int(config.hidden_size)
 
 
+_LOADED: WeakValueDictionary[tuple[Path, str, bool], PreTrainedModel] = WeakValueDictionary()
+"""Models whose weights some engine of this process holds."""
+
+
 def load_causal_lm(settings: ModelSettings) -> PreTrainedModel:
     """The language model in evaluation mode, on the GPU where there is one.
+
+    Models of the same files and dtype in one process share their weights, which nobody may change;
+    each has a configuration of its own. They are freed with the last of them.
+
+    Raises:
+        ConfigError: the model can't be found.
+        EngineError: its weights can't be read.
+    """
+    key = model_folder(settings.model), settings.dtype, settings.trust_remote_code
+    first = _LOADED.get(key)
+    if first is None:
+        first = _LOADED[key] = _loaded(settings)
+    return _sharing_weights(first)
+
+
+def _sharing_weights(first: PreTrainedModel) -> PreTrainedModel:
+    tensors = [*first.parameters(), *first.buffers()]
+    model = copy.deepcopy(first, {id(tensor): tensor for tensor in tensors})
+    # Engines change how their model attends; the first stays as it was loaded, and stays alive.
+    vars(model)["shares_weights_of"] = first
+    return model
+
+
+def _loaded(settings: ModelSettings) -> PreTrainedModel:
+    """The model, read from its files.
 
     Raises:
         ConfigError: the model can't be found.

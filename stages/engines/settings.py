@@ -224,7 +224,8 @@ class ModelSettings(BaseModel):
         """What bears on the bytes that come out, files called by their own names."""
         if self.endpoint is not None:
             determining = self.endpoint.determining()
-            return {"model": self.model, "engine": self.engine, "endpoint": determining}
+            own = {"model": self.model, "engine": self.engine, "terms": self.terms}
+            return own | {"endpoint": determining}
         return self.model_dump(mode="json") | {"model": self.portable_name}
 
     @property

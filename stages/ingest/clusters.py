@@ -1,4 +1,4 @@
-"""From sketches to clusters of near duplicates: candidates first, then exact similarity."""
+"""From candidates to clusters of near duplicates, by exact similarity."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from stages.ingest.candidates import ClusterTask, bucket_mates
 from stages.ingest.settings import NearDuplicateSettings
 from stages.ingest.sketch import band_names
 from stages.storage import Store
@@ -46,53 +47,12 @@ class Duplicates:
         return Duplicates(rows[order], kept[order], similarity[order])
 
 
-@dataclass(frozen=True)
-class ClusterTask:
-    """Rows that may be near duplicates of each other and of no other rows, by number, sorted."""
-
-    rows: IntArray
-
-
-def candidate_tasks(
-    store: Store, sketches: Sequence[str], n_rows: int, names: Sequence[str], task_rows: int
-) -> list[ClusterTask]:
-    """Rows that share a band with another one, directly or by way of others, as tasks.
-
-    Holds about 40 bytes a row.
-
-    Args:
-        store: holds the sketches.
-        sketches: their names, in the order of rows.
-        n_rows: rows in all shards.
-        names: columns of the bands.
-        task_rows: rows from which on a task is full; a group of candidates is never split.
-    """
-    groups = np.arange(n_rows)
-    for name in names:
-        tables = [store.read_table(sketch, ["row", name]) for sketch in sketches]
-        rows, numbers = (
-            np.concatenate([table[column].to_numpy() for table in tables])
-            for column in ("row", name)
-        )
-        first, other = _bucket_mates(rows, numbers)
-        groups = _joined_groups(groups, first, other)
-    sizes = np.bincount(groups, minlength=1)
-    members = np.flatnonzero(sizes[groups] > 1)
-    members = members[np.argsort(groups[members], kind="stable")]
-    tasks = []
-    ends = np.flatnonzero(np.diff(groups[members], append=-1)) + 1
-    start = 0
-    for place, end in enumerate(ends.tolist()):
-        if end - start >= task_rows or place == len(ends) - 1:
-            tasks.append(ClusterTask(np.sort(members[start:end])))
-            start = end
-    return tasks
-
-
 def near_duplicates(
-    store: Store, sketches: Sequence[tuple[str, int]], settings: NearDuplicateSettings,
+    store: Store,
+    sketches: Sequence[tuple[str, int]],
+    settings: NearDuplicateSettings,
     task: ClusterTask,
-) -> Duplicates:  # fmt: skip
+) -> Duplicates:
     """The near duplicates among a task's rows.
 
     Args:
@@ -118,34 +78,6 @@ def near_duplicates(
     return Duplicates(
         rows[dropped], rows[stays[dropped]], shingles.similarities(dropped, stays[dropped])
     )
-
-
-def _bucket_mates(rows: IntArray, numbers: HashArray) -> tuple[IntArray, IntArray]:
-    """Rows of equal numbers, each but the first beside the first of its bucket."""
-    order = np.argsort(numbers, kind="stable")
-    numbers = numbers[order]
-    new = np.ones(len(order), dtype=bool)
-    new[1:] = numbers[1:] != numbers[:-1]
-    starts = np.flatnonzero(new)
-    first = np.repeat(starts, np.diff(starts, append=len(order)))
-    other = np.flatnonzero(~new)
-    return rows[order[first[other]]], rows[order[other]]
-
-
-def _joined_groups(groups: IntArray, first: IntArray, other: IntArray) -> IntArray:
-    """Groups after the groups of pairs of rows are joined."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    a, b = groups[first], groups[other]
-    apart = a != b
-    if not apart.any():
-        return groups
-    shape = (len(groups), len(groups))
-    edges = coo_array((np.ones(apart.sum(), np.bool_), (a[apart], b[apart])), shape=shape)
-    _, labels = connected_components(edges, directed=False)
-    joined: IntArray = labels[groups]
-    return joined
 
 
 def _rows_of(store: Store, sketches: Sequence[tuple[str, int]], rows: IntArray) -> pa.Table:
@@ -229,7 +161,7 @@ def _clusters(
     would change nothing.
     """
     forest = _Forest(len(sets))
-    first, other = _bucket_mates(np.arange(len(sets)), sets)
+    first, other = bucket_mates(np.arange(len(sets)), sets)
     same = shingles.similarities(first, other) == 1
     forest.join(first[same], other[same])
     # Equal sets are in the same buckets, so one of them stands for all.

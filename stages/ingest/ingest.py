@@ -15,32 +15,27 @@ each), and for each row 16 bytes of id (with Python's overhead about 110). Near 
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from stages.base import UNSEEN, Each, in_turn
 from stages.errors import ConfigError, StageError
 from stages.ingest.contamination import first_overlaps, unseen_index, unseen_texts
-from stages.ingest.near_duplicates import found_near_duplicates, source_ranks
+from stages.ingest.near_duplicates import found_near_duplicates, parted_rows, source_ranks
 from stages.ingest.parse import Reject, Row, iter_rows
 from stages.ingest.report import IngestReport, SourceReport
 from stages.ingest.settings import ContaminationSettings, IngestSettings, NearDuplicateSettings
 from stages.ingest.shards import Metadata, ShardWriter, table_of
 from stages.overlap import OverlapIndex
-from stages.rows import REJECTS, ROWS, TARGETS, canonical_json
+from stages.rows import REJECTS, ROWS, TARGETS
 from stages.sources.catalogue import resolved
 from stages.sources.files import SourceFile, files_of
-from stages.sources.readers import shown
 from stages.sources.reasons import NO_FAULT, REASONS
 from stages.sources.settings import Source, Target
 from stages.storage import Store
-from stages.words import IntArray
 
 REJECTS_PER_SHARD = 512
 """Rejects in a part, each with at most 10,000 characters of its text."""
@@ -144,6 +139,7 @@ class _Ingest:
         try:
             self._read_targets(report)
             self._read_sources(report)
+            self._check_any_row(report)
             if self._settings.near_duplicates is not None:
                 self._scratch.flush()
                 self._without_near_duplicates(report, self._settings.near_duplicates)
@@ -266,36 +262,13 @@ class _Ingest:
         parts = [(name.partition("/")[2], rows) for name, rows in self._scratch.written]
         ranks = source_ranks(self._sources, settings)
         found = found_near_duplicates(scratch, parts, settings, ranks, self._each)
-        stay = _named_rows(scratch, parts, np.unique(found.kept))
-        start = 0
-        for part, rows in parts:
-            table = scratch.read_table(part)
-            table = table.set_column(
-                table.schema.get_field_index("source"),
-                "source",
-                table["source"].cast(pa.string()),
-            )
-            first, end = np.searchsorted(found.rows, (start, start + rows))
-            dropped = found.rows[first:end] - start
-            mask = np.ones(rows, dtype=bool)
-            mask[dropped] = False
-            rest = table.filter(pa.array(mask))
-            self._rows.add(rest, rest["chars"].to_pylist())
-            rejects = []
-            for row, kept, similarity in zip(
-                table.take(pa.array(dropped)).to_pylist(),
-                found.kept[first:end].tolist(),
-                found.similarity[first:end].tolist(),
-                strict=True,
-            ):
-                of, name = stay[kept]
-                reject = _near_duplicate(row, of, similarity)
-                report.sources[row["source"]].drop_near_duplicate(
-                    name, end_markers=row["end_markers"], answered=row["answer"] is not None
+        for rows, dropped in parted_rows(scratch, parts, found):
+            self._rows.add(rows, rows["chars"].to_pylist())
+            self._rejects.add(table_of([one.reject for one in dropped], REJECTS))
+            for one in dropped:
+                report.sources[one.reject.source].drop_near_duplicate(
+                    one.of, end_markers=one.end_markers, answered=one.answered
                 )
-                rejects.append(reject)
-            self._rejects.add(table_of(rejects, REJECTS))
-            start += rows
         for source in self._sources:
             self._check_rows_left(source, report.sources[source.name])
 
@@ -325,6 +298,14 @@ class _Ingest:
                 stage="ingest",
             )
         self._check_rows_left(source, report)
+
+    def _check_any_row(self, report: IngestReport) -> None:
+        if self._sources and not any(one.kept for one in report.sources.values()):
+            raise StageError(
+                "no source has a row left: all are duplicates of each other, or overlap targets "
+                f"or evaluation sets; see {self._store.url}/rejects",
+                stage="ingest",
+            )
 
     def _check_rows_left(self, source: Source, report: SourceReport) -> None:
         if report.kept:
@@ -362,40 +343,3 @@ def _source_of(row: Row, seen: _Seen, earlier: _Seen) -> str | None:
     """The source of an equal row that stays, or None."""
     key = bytes.fromhex(row.id)
     return seen.get(key) or earlier.get(key)
-
-
-def _named_rows(
-    store: Store, parts: Sequence[tuple[str, int]], numbers: IntArray
-) -> dict[int, tuple[str, str]]:
-    """Id and source of the rows with these numbers over all shards, sorted."""
-    found: dict[int, tuple[str, str]] = {}
-    start = 0
-    for part, rows in parts:
-        first, end = np.searchsorted(numbers, (start, start + rows))
-        if first < end:
-            table = store.read_table(part, ["id", "source"])
-            mine = table.take(pa.array(numbers[first:end] - start))
-            named = zip(mine["id"].to_pylist(), mine["source"].to_pylist(), strict=True)
-            found.update(zip(numbers[first:end].tolist(), named, strict=True))
-        start += rows
-    return found
-
-
-def _near_duplicate(row: Mapping[str, Any], of: str, similarity: float) -> Reject:
-    """A scratch row as a reject; its text is the row as JSON, since the record's isn't held."""
-    turns = [
-        {name: value for name, value in turn.items() if value is not None}
-        for turn in row["messages"]
-    ]
-    said: dict[str, Any] = {"messages": turns}
-    if row["tools"] is not None:
-        said["tools"] = row["tools"]
-    return Reject(
-        source=row["source"],
-        file=row["file"],
-        record=row["record"],
-        reason=f"near_duplicate: of {of} (Jaccard {math.floor(100 * similarity) / 100:.2f})",
-        raw=shown(canonical_json(said)),
-        id=row["id"],
-        kept=of,
-    )

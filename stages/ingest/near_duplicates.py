@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
 
 from stages.base import Each
-from stages.ingest.clusters import Duplicates, candidate_tasks, near_duplicates
+from stages.ingest.candidates import candidate_tasks
+from stages.ingest.clusters import Duplicates, near_duplicates
+from stages.ingest.parse import Reject
 from stages.ingest.settings import NearDuplicateSettings
 from stages.ingest.sketch import SketchTask, band_names, write_sketch
+from stages.rows import canonical_json
+from stages.sources.readers import shown
 from stages.sources.settings import Source
 from stages.storage import Store
+from stages.words import IntArray
 
 _TASK_ROWS = 65_536
 """Candidates verified in one task, unless more of them hang together: about 2 KB each."""
@@ -58,3 +68,77 @@ def found_near_duplicates(
     return Duplicates.joined(
         list(each(partial(near_duplicates, store, sketches, settings), clusters))
     )
+
+
+class Dropped(NamedTuple):
+    """A near duplicate as a reject, the source of the row that stays, and what it counted in."""
+
+    reject: Reject
+    of: str
+    end_markers: bool
+    answered: bool
+
+
+def parted_rows(
+    store: Store, parts: Sequence[tuple[str, int]], found: Duplicates
+) -> Iterator[tuple[pa.Table, list[Dropped]]]:
+    """For each shard its rows that stay, sources as plain strings, and its near duplicates."""
+    stay = _named_rows(store, parts, np.unique(found.kept))
+    start = 0
+    for part, rows in parts:
+        table = store.read_table(part)
+        place = table.schema.get_field_index("source")
+        table = table.set_column(place, "source", table["source"].cast(pa.string()))
+        first, end = np.searchsorted(found.rows, (start, start + rows))
+        places = found.rows[first:end] - start
+        stays = np.ones(rows, dtype=bool)
+        stays[places] = False
+        dropped = [
+            _dropped(row, *stay[kept], similarity)
+            for row, kept, similarity in zip(
+                table.take(pa.array(places)).to_pylist(),
+                found.kept[first:end].tolist(),
+                found.similarity[first:end].tolist(),
+                strict=True,
+            )
+        ]
+        yield table.filter(pa.array(stays)), dropped
+        start += rows
+
+
+def _named_rows(
+    store: Store, parts: Sequence[tuple[str, int]], numbers: IntArray
+) -> dict[int, tuple[str, str]]:
+    """Id and source of the rows with these numbers over all shards, sorted."""
+    found: dict[int, tuple[str, str]] = {}
+    start = 0
+    for part, rows in parts:
+        first, end = np.searchsorted(numbers, (start, start + rows))
+        if first < end:
+            table = store.read_table(part, ["id", "source"])
+            mine = table.take(pa.array(numbers[first:end] - start))
+            named = zip(mine["id"].to_pylist(), mine["source"].to_pylist(), strict=True)
+            found.update(zip(numbers[first:end].tolist(), named, strict=True))
+        start += rows
+    return found
+
+
+def _dropped(row: Mapping[str, Any], kept: str, of: str, similarity: float) -> Dropped:
+    # The record's own text isn't held any more: the reject shows the row as JSON.
+    turns = [
+        {name: value for name, value in turn.items() if value is not None}
+        for turn in row["messages"]
+    ]
+    said: dict[str, Any] = {"messages": turns}
+    if row["tools"] is not None:
+        said["tools"] = row["tools"]
+    reject = Reject(
+        source=row["source"],
+        file=row["file"],
+        record=row["record"],
+        reason=f"near_duplicate: of {kept} (Jaccard {math.floor(100 * similarity) / 100:.2f})",
+        raw=shown(canonical_json(said)),
+        id=row["id"],
+        kept=kept,
+    )
+    return Dropped(reject, of, row["end_markers"], row["answer"] is not None)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from stages.errors import RowError
 from stages.ingest.settings import IngestSettings
-from stages.rows import Message, group_id, row_id
+from stages.rows import Message, row_and_group_id
 from stages.sources.catalogue import resolved
 from stages.sources.files import SourceFile, files_of
 from stages.sources.forms import Parsed, parse
-from stages.sources.readers import Record, file_type, records
+from stages.sources.readers import BadRecord, Record, file_type, records, shown
 from stages.sources.settings import Source, Target
 from stages.storage import content_identity
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A row as `rows.ROWS` has it.
 
     Attributes:
@@ -40,7 +39,7 @@ class Row:
     chars: int
     end_markers: bool
     task: str | None
-    origin: Record = field(repr=False)
+    origin: Record
 
     def rejected(
         self, reason: str, *, kept: str | None = None, overlap: str | None = None
@@ -51,8 +50,7 @@ class Row:
         )
 
 
-@dataclass(frozen=True)
-class Reject:
+class Reject(NamedTuple):
     """A record that is no row, as `rows.REJECTS` has it."""
 
     source: str
@@ -94,12 +92,12 @@ def iter_rows(
             if position <= start:
                 continue
             if not isinstance(record, Record):
-                yield Reject(source.name, record.file, record.record, record.reason, record.raw)
+                yield _reject(source, record, record.reason)
                 continue
             try:
                 yield _row(record, parse(record.value, known), known, settings)
             except RowError as error:
-                yield Reject(source.name, record.file, record.record, str(error), record.raw)
+                yield _reject(source, record, str(error))
 
 
 def content_of(sources: Sequence[Source]) -> dict[str, list[tuple[str, str]]]:
@@ -118,9 +116,10 @@ def _row(record: Record, parsed: Parsed, source: Source, settings: IngestSetting
     chars = _characters(parsed)
     if settings.max_chars is not None and chars > settings.max_chars:
         raise RowError(f"too_long: {chars} characters")
+    row, group = row_and_group_id(parsed.messages, parsed.tools)
     return Row(
-        id=row_id(parsed.messages, parsed.tools),
-        group=group_id(parsed.messages, parsed.tools),
+        id=row,
+        group=group,
         source=source.name,
         messages=parsed.messages,
         tools=parsed.tools,
@@ -134,6 +133,11 @@ def _row(record: Record, parsed: Parsed, source: Source, settings: IngestSetting
         task=_task(parsed, source, record.file) if isinstance(source, Target) else None,
         origin=record,
     )
+
+
+def _reject(source: Source, record: Record | BadRecord, reason: str) -> Reject:
+    # A reason may quote the record, and so what can't be stored in it.
+    return Reject(source.name, record.file, record.record, shown(reason), record.raw)
 
 
 def _task(parsed: Parsed, target: Target, file: str) -> str:

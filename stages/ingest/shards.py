@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate
 from typing import Any
 
 import pyarrow as pa
 
-from stages.rows import MESSAGES
 from stages.storage import Store
 
 Metadata = Mapping[str, str] | Callable[[str], Mapping[str, str]] | None
@@ -21,26 +19,14 @@ def table_of(records: Sequence[Any], schema: pa.Schema) -> pa.Table:
     Labels are plain strings: a part's dictionary holds what stands in that part, whatever tables it
     was made of.
     """
-    columns = []
-    for field in schema:
-        values = [getattr(record, field.name) for record in records]
-        label = pa.types.is_dictionary(field.type)
-        columns.append(
-            _messages(values)
-            if field.type == MESSAGES
-            else pa.array(values, pa.string() if label else field.type)
+    columns = [
+        pa.array(
+            [getattr(record, field.name) for record in records],
+            pa.string() if pa.types.is_dictionary(field.type) else field.type,
         )
+        for field in schema
+    ]
     return pa.table(columns, names=schema.names)
-
-
-def _messages(conversations: Sequence[Sequence[Mapping[str, Any]]]) -> pa.ListArray:
-    # From flat columns: three times as fast as from lists of dicts.
-    turns = [turn for turns in conversations for turn in turns]
-    fields = MESSAGES.value_type.fields
-    columns = [pa.array([turn.get(field.name) for turn in turns], field.type) for field in fields]
-    offsets = pa.array([0, *accumulate(map(len, conversations))], pa.int32())
-    flat = pa.StructArray.from_arrays(columns, fields=fields)
-    return pa.ListArray.from_arrays(offsets, flat).cast(MESSAGES)
 
 
 class ShardWriter:

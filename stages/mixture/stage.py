@@ -307,8 +307,9 @@ def _kept_rows(
             )
             if (keep or reason == "anchor") and source in number and valid
         ]
-        kept = table.take(wanted)
-        names = part["source"].take(wanted).to_pylist()
+        places = pa.array(wanted, pa.int64())
+        kept = table.take(places)
+        names = part["source"].take(places).to_pylist()
         if kept.num_rows:
             yield KeptRows(
                 kept["id"].to_pylist(), np.array([number[n] for n in names]), vectors_of(kept)

@@ -6,21 +6,17 @@ answer, and the share of correct ones comes with its Wilson interval.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from stages.lazy import lazy_names
 
 __all__ = ["AnswerChecker", "Case", "PassRateSettings", "PassRateStage", "wilson_interval"]
 
-_HOME = {
-    "AnswerChecker": "checker",
-    "Case": "checks",
-    "PassRateSettings": "settings",
-    "PassRateStage": "stage",
-    "wilson_interval": "wilson",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__} has no attribute {name}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "AnswerChecker": "checker",
+        "Case": "checks",
+        "PassRateSettings": "settings",
+        "PassRateStage": "stage",
+        "wilson_interval": "wilson",
+    },
+)

@@ -7,8 +7,7 @@ that it gives up (failed-step fraction), after "What Characterizes Effective Rea
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from stages.lazy import lazy_names
 
 __all__ = [
     "ReasoningSettings",
@@ -21,19 +20,16 @@ __all__ = [
     "within_group_zscores",
 ]
 
-_HOME = {
-    "ReasoningSettings": "settings",
-    "ReasoningStage": "stage",
-    "chain_of_thought": "trace",
-    "failed_step_fraction": "structure",
-    "reasoning_characters": "structure",
-    "reasoning_steps": "steps",
-    "review_ratio": "structure",
-    "within_group_zscores": "zscores",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__} has no attribute {name}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "ReasoningSettings": "settings",
+        "ReasoningStage": "stage",
+        "chain_of_thought": "trace",
+        "failed_step_fraction": "structure",
+        "reasoning_characters": "structure",
+        "reasoning_steps": "steps",
+        "review_ratio": "structure",
+        "within_group_zscores": "zscores",
+    },
+)

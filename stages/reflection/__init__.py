@@ -10,15 +10,8 @@ rewrite that loses the row's answer or brings in a target's text leave the row a
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from stages.lazy import lazy_names
 
 __all__ = ["ReflectionSettings", "ReflectionStage"]
 
-_HOME = {"ReflectionSettings": "settings", "ReflectionStage": "stage"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__} has no attribute {name}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__ = lazy_names(__name__, {"ReflectionSettings": "settings", "ReflectionStage": "stage"})

@@ -16,6 +16,13 @@ class Filter(Settings):
     reason: str | None = Field(default=None, description="Name of the reason; unset: the rule.")
 
 
+RESPONSE_REWRITTEN = Filter(
+    rule='reflection_outcome in ["response", "both"] or reflection_status == "not_requested"',
+    reason="response_not_rewritten",
+)
+"""What `reflection.require_response_rewrite` asks of selection."""
+
+
 class SelectionSettings(Settings):
     """The `selection` section of a recipe: filters, then the best rows by a method."""
 
@@ -62,6 +69,10 @@ class SelectionSettings(Settings):
         description="Drop rows whose embedding has at least this cosine with an earlier kept row's "
         "or an anchor's; needs an embedding section.",
     )
+
+    def with_filter(self, last: Filter) -> SelectionSettings:
+        """The same, with one more filter."""
+        return self.model_copy(update={"filters": [*self.filters, last]})
 
     @property
     def ranks(self) -> bool:

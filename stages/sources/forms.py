@@ -19,8 +19,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from stages.errors import RowError
 from stages.rows import Message, canonical_json
@@ -61,11 +60,11 @@ FORM_COLUMNS: dict[Form, dict[str, tuple[str, ...]]] = {
 """Columns of each form by our field; of several, any."""
 
 _SHARED = {"system": ("system",), "tools": ("tools",), "license": ("license",)}
+_COLUMNS = {form: {**_SHARED, **columns} for form, columns in FORM_COLUMNS.items()}
 _TABLES: tuple[Form, ...] = ("alpaca", "prompt_completion", "question_answer", "problem_solution")
 
 
-@dataclass(frozen=True)
-class Parsed:
+class Parsed(NamedTuple):
     """What a record says.
 
     Attributes:
@@ -153,17 +152,19 @@ class _Fields:
         self.record = record
         self.is_target = isinstance(source, Target)
         self.is_mapped = form == "columns"
-        self.names: dict[str, tuple[str, ...]] = {}
+        self.names: Mapping[str, tuple[str, ...]] = {}
         if self.is_mapped:
             self.names = {field: (name,) for field, name in (source.columns or {}).items()}
         elif form != "auto":
-            self.names = {**_SHARED, **FORM_COLUMNS[form]}
+            self.names = _COLUMNS[form]
         self._used: set[str] = set()
         self._rest: dict[str, Any] = {}
 
     def column(self, field: str) -> str:
         """The column that holds a field, for messages."""
         names = self.names.get(field, (field,))
+        if len(names) == 1:
+            return names[0]
         return next((name for name in names if self.record.get(name) is not None), names[0])
 
     def take(self, field: str) -> Any:
@@ -173,6 +174,8 @@ class _Fields:
             RowError: two columns hold it and differ.
         """
         names = self.names.get(field, ())
+        if len(names) < 2:
+            return self.take_column(names[0]) if names else None
         filled = [name for name in names if self.record.get(name) is not None]
         if any(self.record[name] != self.record[filled[0]] for name in filled[1:]):
             raise RowError(f"ambiguous: {' and '.join(filled)} differ")
@@ -180,7 +183,7 @@ class _Fields:
         return self.record[filled[0]] if filled else None
 
     def take_column(self, name: str) -> Any:
-        """A column's value by the record's own name."""
+        """A column's value by the record's own name; None where it isn't there."""
         self._used.add(name)
         return self.record.get(name)
 

@@ -22,8 +22,7 @@ import math
 import re
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -47,8 +46,7 @@ _BLANK = re.compile(r"[ \t\n\r]*")
 _BOM = "\ufeff"
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """A record as it was read.
 
     Attributes:
@@ -60,7 +58,7 @@ class Record:
     file: str
     record: int
     value: dict[str, Any]
-    text: str | None = field(default=None, repr=False)
+    text: str | None = None
 
     @property
     def raw(self) -> str:
@@ -71,8 +69,7 @@ class Record:
         return shown(text)
 
 
-@dataclass(frozen=True)
-class BadRecord:
+class BadRecord(NamedTuple):
     """A record that could not be read, with the reason (see `reasons.REASONS`) and its text."""
 
     file: str

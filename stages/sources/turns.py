@@ -8,8 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from stages.errors import RowError
 from stages.rows import Message
@@ -50,8 +49,7 @@ _CALLS = ("function_call", "tool_call")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """A turn, and the keys of its record that a row has no place for."""
 
     message: Message
@@ -244,6 +242,8 @@ def _is_blank_system(message: Message) -> bool:
 
 
 def _unmarked(text: str) -> str:
+    if not text.rstrip().endswith(END_MARKERS):
+        return text
     # `<s>struck out</s>` is HTML, not the end of a text.
     markup = text.count("<s>") >= text.count("</s>") > 0
     markers = tuple(mark for mark in END_MARKERS if not (markup and mark == "</s>"))

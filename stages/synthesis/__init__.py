@@ -7,8 +7,7 @@ student that mustn't solve it too, decide which pairs become rows of a new sourc
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from stages.lazy import lazy_names
 
 __all__ = [
     "FilterSettings",
@@ -22,20 +21,17 @@ __all__ = [
     "user_header_ids",
 ]
 
-_HOME = {
-    "FilterSettings": "settings",
-    "GeneratorSettings": "settings",
-    "REASONS": "sample",
-    "Sample": "sample",
-    "StudentSettings": "settings",
-    "TeacherSettings": "settings",
-    "end_of_turn_ids": "headers",
-    "training_example": "training",
-    "user_header_ids": "headers",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__} has no attribute {name}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "FilterSettings": "settings",
+        "GeneratorSettings": "settings",
+        "REASONS": "sample",
+        "Sample": "sample",
+        "StudentSettings": "settings",
+        "TeacherSettings": "settings",
+        "end_of_turn_ids": "headers",
+        "training_example": "training",
+        "user_header_ids": "headers",
+    },
+)

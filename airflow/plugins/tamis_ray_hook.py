@@ -1,0 +1,180 @@
+"""The Jobs REST interface of a Ray cluster, by an Airflow connection.
+
+Interface: Ray's OpenAPI description of `/api/jobs`; read and run with Ray 2.60.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import httpx
+from airflow.sdk import BaseHook, Connection
+
+ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
+_TIMEOUT_S = 20.0
+_STARTING_S = 60.0
+"""A head answers some seconds before it can take jobs."""
+_STOP_S = 15.0
+
+
+class Unanswered(Exception):
+    """The cluster didn't answer, or answered that it can't now: to be tried again."""
+
+
+class Refused(Exception):
+    """The cluster doesn't accept the token or the request: trying again doesn't help."""
+
+
+class Job(NamedTuple):
+    """A job as the cluster knows it.
+
+    Attributes:
+        status: PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED.
+        message: what Ray says about it.
+        exit_status: of its driver, None while it runs or where it had none.
+    """
+
+    status: str
+    message: str
+    exit_status: int | None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended, in whatever way."""
+        return self.status in ENDED
+
+
+class RayJobs:
+    """Jobs of one cluster.
+
+    Every method raises `Unanswered` or `Refused` where the cluster doesn't do what it is asked.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        """Take the address and the token; nothing is sent yet."""
+        self._conn_id = connection.conn_id
+        self._address = dashboard_address(connection)
+        token = connection.password
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+
+    async def job(self, job_id: str) -> Job | None:
+        """A job; None where the cluster knows none of that id."""
+        reply = await self._asked("GET", f"/api/jobs/{job_id}")
+        if reply.status_code == httpx.codes.NOT_FOUND:
+            return None
+        value = reply.json()
+        message = str(value.get("message") or "")
+        return Job(value["status"], message, value.get("driver_exit_code"))
+
+    async def submit(
+        self,
+        job_id: str,
+        entrypoint: str,
+        runtime_env: Mapping[str, Any],
+        metadata: Mapping[str, str],
+    ) -> None:
+        """Submit a job, unless another client has just submitted it under that id."""
+        body = {
+            "submission_id": job_id,
+            "entrypoint": entrypoint,
+            "runtime_env": runtime_env,
+            "metadata": metadata,
+        }
+        async with asyncio.timeout(_STARTING_S):
+            while True:
+                try:
+                    await self._asked("POST", "/api/jobs/", body)
+                except Unanswered as error:
+                    # Ray has no status of its own for either.
+                    if "already exists" in str(error):
+                        return
+                    if "No available agent" not in str(error):
+                        raise
+                    await asyncio.sleep(1)
+                else:
+                    return
+
+    async def delete(self, job_id: str) -> None:
+        """Forget a job that has ended, so that its id is free."""
+        await self._asked("DELETE", f"/api/jobs/{job_id}")
+
+    async def logs(self, job_id: str) -> str:
+        """All that a job's driver has written so far."""
+        reply = await self._asked("GET", f"/api/jobs/{job_id}/logs")
+        if reply.status_code == httpx.codes.NOT_FOUND:
+            return ""
+        return str(reply.json().get("logs") or "")
+
+    async def stop(self, job_id: str) -> None:
+        """Stop a job, and wait until it has ended: SIGTERM, and seconds later SIGKILL."""
+        await self._asked("POST", f"/api/jobs/{job_id}/stop")
+        async with asyncio.timeout(_STOP_S):
+            while (found := await self.job(job_id)) is not None and not found.is_over:
+                await asyncio.sleep(0.5)
+
+    async def _asked(self, method: str, path: str, body: Any = None) -> httpx.Response:
+        address = self._address
+        try:
+            async with httpx.AsyncClient(timeout=_TIMEOUT_S, headers=self._headers) as client:
+                reply = await client.request(method, address + path, json=body)
+        except httpx.TransportError as error:
+            raise Unanswered(
+                f"no Ray dashboard answers at {address} ({error}); check that the head runs and "
+                f"that the connection {self._conn_id} names its dashboard"
+            ) from error
+        lines = reply.text.strip().splitlines() or ["nothing"]
+        said = f"{reply.status_code}, {lines[-1][:300]}"
+        if reply.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+            raise Refused(
+                f"{address} refuses the token: {said}; put the cluster's token into the password "
+                f"of the connection {self._conn_id}"
+            )
+        if reply.is_server_error:
+            raise Unanswered(f"{address} can't answer {method} {path}: {said}")
+        if reply.status_code != httpx.codes.NOT_FOUND and not reply.is_success:
+            raise Refused(f"{address} refuses {method} {path}: {said}")
+        return reply
+
+
+class RayJobsHook(BaseHook):
+    """The cluster that a connection names.
+
+    The connection's host is the dashboard's address (`http://head:8265`, or a host and port), its
+    password the cluster's token where there is one.
+    """
+
+    conn_name_attr = "conn_id"
+    default_conn_name = "ray_default"
+
+    def __init__(self, conn_id: str = default_conn_name) -> None:
+        """Name the connection."""
+        super().__init__()
+        self.conn_id = conn_id
+
+    def get_conn(self) -> RayJobs:
+        """The cluster's jobs, from a task."""
+        return RayJobs(self.get_connection(self.conn_id))
+
+    async def aget_conn(self) -> RayJobs:
+        """The cluster's jobs, from a trigger."""
+        return RayJobs(await self.aget_connection(self.conn_id))
+
+
+def dashboard_address(connection: Connection) -> str:
+    """The dashboard's address that a connection gives.
+
+    Raises:
+        Refused: it gives none.
+    """
+    host = (connection.host or "").rstrip("/")
+    if not host:
+        raise Refused(
+            f"the connection {connection.conn_id} has no host: give the dashboard's address, such "
+            "as http://head:8265"
+        )
+    if "://" not in host:
+        scheme = connection.schema or "http"
+        host = f"{scheme}://{host}"
+    return f"{host}:{connection.port}" if connection.port else host

@@ -1,0 +1,1 @@
+"""Forecasts of a target's loss from a mixture: forms, their fits, the projection to a budget."""

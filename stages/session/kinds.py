@@ -1,0 +1,109 @@
+"""Rows as their user holds them: Arrow table, pandas frame, list of dicts or `datasets.Dataset`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar, cast
+
+import pyarrow as pa
+
+from stages.errors import ConfigError
+
+Rows = TypeVar("Rows")
+"""Any of the four kinds: what comes in as one goes out as the same."""
+
+
+def is_rows(value: object) -> bool:
+    """Whether a value is rows of one of the four kinds."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return all(isinstance(row, Mapping) for row in value)
+    return isinstance(value, pa.Table) or _is(value, "pandas", "DataFrame") or _is_dataset(value)
+
+
+def arrow_table(rows: object, types: Mapping[str, pa.DataType]) -> pa.Table:
+    """Rows of any kind as an Arrow table.
+
+    Args:
+        rows: of one of the four kinds.
+        types: Arrow types of columns by name; those of others are inferred.
+
+    Raises:
+        ConfigError: they are of none of the kinds, or a column can't be of its type.
+    """
+    if isinstance(rows, pa.Table):
+        table = rows
+    elif _is(rows, "pandas", "DataFrame"):
+        table = pa.Table.from_pandas(rows, preserve_index=False)
+    elif _is_dataset(rows):
+        table = cast(Any, rows).with_format("arrow")[:]
+    elif is_rows(rows):
+        listed = cast("Sequence[Mapping[str, Any]]", rows)
+        names = list(dict.fromkeys(name for row in listed for name in row))
+        table = pa.table({name: _listed(name, listed, types.get(name)) for name in names})
+    else:
+        raise ConfigError(
+            f"rows are of type {type(rows).__name__}; give an Arrow table, a pandas frame, a list "
+            "of dicts or a datasets.Dataset"
+        )
+    for place, name in enumerate(table.column_names):
+        wanted = types.get(name)
+        if wanted is not None and table[name].type != wanted:
+            table = table.set_column(place, name, _cast(name, table[name], wanted))
+    return table.replace_schema_metadata(None)
+
+
+def same_kind(rows: Rows, table: pa.Table) -> Rows:
+    """A table as the kind that the given rows are.
+
+    A pandas frame gets columns of Arrow types, so that nulls and lists stay what they are. A
+    `datasets.Dataset` has no dictionary types: labels are strings there.
+    """
+    made: Any = table
+    if _is(rows, "pandas", "DataFrame"):
+        import pandas as pd
+
+        made = table.to_pandas(types_mapper=pd.ArrowDtype)
+    elif _is_dataset(rows):
+        from datasets import Dataset
+
+        fields = [
+            field.with_type(pa.string()) if pa.types.is_dictionary(field.type) else field
+            for field in table.schema
+        ]
+        made = Dataset(table.cast(pa.schema(fields)))
+    elif not isinstance(rows, pa.Table):
+        made = table.to_pylist()
+    return cast(Rows, made)
+
+
+def _listed(name: str, rows: Sequence[Mapping[str, Any]], kind: pa.DataType | None) -> pa.Array:
+    values = [row.get(name) for row in rows]
+    if kind is not None and pa.types.is_dictionary(kind):
+        return pa.array(values, kind.value_type).dictionary_encode()
+    try:
+        return pa.array(values, kind)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise ConfigError(f"the column {name} can't be read: {error}") from error
+
+
+def _cast(name: str, column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    try:
+        if pa.types.is_nested(kind):
+            # A cast wants the same fields; turns may lack those that are null in all of them.
+            return pa.chunked_array([pa.array(column.to_pylist(), kind)])
+        return column.cast(kind)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+        raise ConfigError(
+            f"the column {name} has the type {column.type}, and {kind} is needed: {error}"
+        ) from error
+
+
+def _is(value: object, module: str, name: str) -> bool:
+    """Whether a value is of a class of a library, which then is loaded already."""
+    found = getattr(sys.modules.get(module), name, None)
+    return found is not None and isinstance(value, found)
+
+
+def _is_dataset(value: object) -> bool:
+    return _is(value, "datasets", "Dataset")

@@ -1,0 +1,276 @@
+"""Jobs on a real Ray cluster: submitting, finding again, stopping, going on; and SIGTERM."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray_cluster import free_ports, ray_cluster
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+TOKEN = hashlib.sha256(b"a cluster of these tests").hexdigest()
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "pipeline", *arguments]
+
+
+def environment(**given: str) -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    return {**kept, "COLUMNS": "200", **given}
+
+
+def tamis(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment(**env),
+    )
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[str]:
+    """A cluster that asks for the token."""
+    env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "PYTHONPATH": str(ROOT)}
+    with ray_cluster(BIN, env) as address:
+        yield address
+
+
+def test_package_holds_the_two_packages_and_the_recipe_in_equal_bytes() -> None:
+    from pipeline.jobs.package import RECIPE, code_files, package
+
+    files = {**code_files(), RECIPE: b"name: x\n"}
+    name, data = package(files)
+    assert (name, data) == package(dict(reversed(files.items())))
+    assert package({**files, RECIPE: b"name: y\n"})[0] != name
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        names = archive.namelist()
+        assert archive.read("pipeline/cli.py") == (ROOT / "pipeline/cli.py").read_bytes()
+    assert {entry.split("/")[0] for entry in names} == {"pipeline", "stages", RECIPE}
+    assert {"stages/emission/report.css", "stages/reflection/prompts.yaml"} <= set(names)
+    tracked = {
+        str(file.relative_to(ROOT))
+        for package_ in ("pipeline", "stages")
+        for file in (ROOT / package_).rglob("*.py")
+    }
+    assert tracked == {entry for entry in names if entry.endswith(".py")}
+
+
+def test_submission_is_known_by_what_it_does_and_not_by_where_it_was_said(
+    recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.config import Config, read_config
+    from pipeline.jobs.submission import submission_of
+
+    recipe.value["execution"]["run"] = "runs/here"
+    recipe.save()
+    monkeypatch.chdir(tmp_path)
+    here = submission_of("recipe.yaml", [], None, None)
+    (tmp_path / "deeper").mkdir()
+    monkeypatch.chdir(tmp_path / "deeper")
+    run = [f"execution.run={tmp_path}/runs/here"]
+    assert submission_of("../recipe.yaml", run, None, None).id == here.id
+    others = [
+        submission_of("../recipe.yaml", [], None, None),
+        submission_of("../recipe.yaml", [*run, "seed=6"], None, None),
+        submission_of("../recipe.yaml", run, "ingest", None),
+        submission_of("../recipe.yaml", run, None, "ingest"),
+    ]
+    assert len({here.id, *(other.id for other in others)}) == 5
+    carried = tmp_path / "carried.yaml"
+    carried.write_text(here.recipe_yaml)
+    read = read_config(str(carried))
+    assert isinstance(read, Config)
+    assert read == here.config
+    assert read.sources[0].path == str(tmp_path / "apples.jsonl")
+    assert read.execution.run == str(tmp_path / "runs/here")
+
+
+def test_token_is_found_as_ray_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.jobs.client import auth_token
+    from stages.errors import ConfigError
+
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert auth_token() is None
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("from home\n")
+    assert auth_token() == "from home"
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "gone"))
+    with pytest.raises(ConfigError, match="RAY_AUTH_TOKEN_PATH"):
+        auth_token()
+    (tmp_path / "gone").write_text("from a file")
+    assert auth_token() == "from a file"
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "from the environment")
+    assert auth_token() == "from the environment"
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert auth_token() is None
+
+
+def test_nobody_answers_and_wrong_options(recipe: Any) -> None:
+    (port,) = free_ports(1)
+    for arguments, code, expected in (
+        (["submit", recipe.save(), "--address", f"http://127.0.0.1:{port}"], 1, "no Ray dashboard"),
+        (["submit", recipe.save(), "--address", "head:8265"], 2, "such as http://head:8265"),
+        (["submit", recipe.save(), "--address", "http://127.0.0.1:9", "--stage", "polish"], 2,
+         "the stages are ingest"),
+        (["submit", "nowhere.yaml", "--address", "http://127.0.0.1:9"], 2, "no recipe at"),
+    ):  # fmt: skip
+        done = tamis(*arguments)
+        assert done.returncode == code, (arguments, done.stderr)
+        assert expected in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def wait_for(condition: Any, seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def ready(recipe: Any) -> Any:
+    for section in ("reflection", "dictionary", "features", "embedding", "mixture"):
+        recipe.value.pop(section)
+    recipe.value["models"] = {"student": recipe.value["models"]["student"]}
+    recipe.value["models"]["student"]["max_length"] = 512
+    recipe.value["selection"] = {"score": "ifd", "share": 0.8}
+    recipe.value["execution"]["shards_in_flight"] = 1
+    recipe.save()
+    return recipe
+
+
+@pytest.mark.slow
+def test_job_is_found_again_stopped_gone_on_with_and_done(guarded: str, recipe: Any) -> None:
+    ready(recipe)
+    address = ("--address", guarded)
+    wrong = tamis("submit", str(recipe.path), *address, RAY_AUTH_TOKEN="f" * 64)
+    assert wrong.returncode == 2, wrong.stderr
+    assert "refuses the token" in wrong.stderr
+
+    known = {"RAY_AUTH_TOKEN": TOKEN}
+    client = subprocess.Popen(
+        command("submit", str(recipe.path), *address),
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(**known),
+    )
+    assert client.stderr is not None
+    first = client.stderr.readline()
+    found = re.match(r"job (\S+): submitted", first)
+    assert found, first + client.stderr.read()
+    job = found.group(1)
+    client.kill()
+    client.wait()
+    again = tamis("submit", str(recipe.path), "--detach", *address, **known)
+    assert again.stderr == f"job {job}: already under way\n"
+
+    part = recipe.run_folder / "difficulty" / "part-00000.parquet"
+    wait_for(part.exists)
+    asked = time.monotonic()
+    stop = tamis("job", "stop", job, *address, **known)
+    assert f"job {job}: stopped" in stop.stderr, stop.stderr
+    assert time.monotonic() - asked < 10
+    assert not (recipe.run_folder / "lock.json").exists()
+    assert not (recipe.run_folder / "difficulty" / "manifest.json").exists()
+    assert "stopped" in tamis("job", "status", job, *address, **known).stderr
+    committed = part.stat().st_mtime_ns
+
+    done = tamis("submit", str(recipe.path), *address, **known)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert done.stderr.startswith(f"job {job}: submitted")
+    assert "already there" in done.stdout
+    assert part.stat().st_mtime_ns == committed
+    kept = tamis("submit", str(recipe.path), *address, **known)
+    assert "nothing to do" in kept.stderr
+    assert kept.returncode == 0
+    (recipe.run_folder / "dataset" / "manifest.json").unlink()
+    assert tamis("submit", str(recipe.path), *address, **known).returncode == 0
+    assert (recipe.run_folder / "dataset" / "manifest.json").exists()
+    assert "data set:" in tamis("job", "logs", job, *address, **known).stdout
+    recipe.write_rows("apples", 0, 12)
+    more = tamis("submit", str(recipe.path), *address, **known)
+    assert more.stderr.startswith(f"job {job}: submitted")
+    manifest = json.loads((recipe.run_folder / "ingest" / "manifest.json").read_text())
+    assert manifest["rows"] == 21
+
+
+@pytest.mark.slow
+def test_driver_that_finds_the_recipe_wrong_passes_its_exit_status_on(
+    guarded: str, recipe: Any
+) -> None:
+    ready(recipe)
+    done = tamis(
+        "submit", str(recipe.path), "--stage", "selection", "--address", guarded,
+        RAY_AUTH_TOKEN=TOKEN,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "stage selection needs ingest" in done.stdout
+    assert "exit status 2" in done.stderr
+    unknown = tamis("job", "status", "nobody", "--address", guarded, RAY_AUTH_TOKEN=TOKEN)
+    assert unknown.returncode == 2
+    assert "knows no job nobody" in unknown.stderr
+
+
+@pytest.mark.slow
+def test_without_a_token_by_rays_own_client_and_by_ours(recipe: Any) -> None:
+    ready(recipe)
+    with ray_cluster(BIN, {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}) as address:
+        off = {"RAY_AUTH_MODE": "disabled"}
+        done = subprocess.run(
+            [str(BIN / "ray"), "job", "submit", "--address", address, "--",
+             "python", "-m", "pipeline", "stage", "ingest", str(recipe.path)],
+            capture_output=True, text=True, check=False, cwd=ROOT, env=environment(**off),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        ours = tamis(
+            "submit", str(recipe.path), "--stage", "ingest", "--installed", "--address", address,
+            **off,
+        )  # fmt: skip
+        assert ours.returncode == 0, ours.stdout + ours.stderr
+        assert "nothing to do" in ours.stdout
+
+
+@pytest.mark.parametrize("backend", ["local", pytest.param("ray", marks=pytest.mark.slow)])
+def test_sigterm_ends_within_two_seconds_with_finished_shards_committed(
+    recipe: Any, backend: str
+) -> None:
+    ready(recipe)
+    arguments = ["run", str(recipe.path), "-v", "--set", f"execution.backend={backend}"]
+    process = subprocess.Popen(
+        command(*arguments), cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment()
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("difficulty: 1/"):
+            break
+    asked = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 128 + signal.SIGTERM
+    assert time.monotonic() - asked < 2
+    assert "goes on from here" in process.stderr.read()
+    assert not (recipe.run_folder / "lock.json").exists()
+    part = recipe.run_folder / "difficulty" / "part-00000.parquet"
+    committed = part.stat().st_mtime_ns
+    again = tamis("stage", "difficulty", *arguments[1:])
+    assert again.returncode == 0, again.stderr
+    assert "1 already there" in again.stderr
+    assert part.stat().st_mtime_ns == committed

@@ -1,0 +1,292 @@
+"""Stages on rows in memory: they give what a run gives, in the kind that they were given."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import weakref
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import STUDENT
+from datasets import Dataset
+from engine_fakes import CountedEngines
+
+import stages as st
+from stages.engines.settings import ModelSettings
+from stages.errors import ConfigError, StageError
+
+MODELS = {
+    "student": STUDENT,
+    "teacher": {"model": STUDENT, "generation_chunk": 4},
+    "encoder": {"model": STUDENT},
+}
+
+
+@pytest.fixture
+def engines() -> CountedEngines:
+    return CountedEngines()
+
+
+@pytest.fixture
+def session(engines: CountedEngines) -> Any:
+    with st.Session(MODELS, seed=5, rows_per_step=8, progress=False, make=engines) as opened:
+        yield opened
+
+
+def columns_of(run: Path, stage: str, *names: str) -> dict[str, list[Any]]:
+    tables = [pq.read_table(file) for file in sorted((run / stage).glob("part-*.parquet"))]
+    return pa.concat_tables(tables).select(list(names)).to_pydict()
+
+
+def test_session_gives_what_a_run_gives(
+    recipe: Any, execute: Any, session: Any, engines: CountedEngines
+) -> None:
+    recipe.value["reflection"] |= {"limit": 11, "where": "ifd > 0.5"}
+    execute()
+    run, folder = recipe.run_folder, recipe.path.parent
+    found = session.ingest(
+        {"apples": str(folder / "apples.jsonl"), "pears": str(folder / "pears.jsonl")},
+        {"plums": str(folder / "plums.jsonl")},
+        rows_per_shard=8,
+    )
+    rows, targets = found.rows, found.targets
+    ids = columns_of(run, "ingest", "id", "messages")
+    assert rows.select(["id", "messages"]).to_pydict() == ids
+
+    rows = session.difficulty(rows)
+    rows = session.reflection(rows, reply="whole", max_new_tokens=32, limit=11, where="ifd > 0.5")
+    dictionary = session.dictionary(rows, layer=2, expansion=2, k=4, steps=6, batch=32)
+    prototypes = session.prototypes(rows, targets, dictionary)
+    rows = session.features(rows, prototypes)
+    rows, targets = session.embedding(rows), session.embedding(targets)
+    for stage, name in (
+        ("difficulty", "ifd"), ("difficulty", "difficulty_status"),
+        ("reflection", "messages_reflected"), ("reflection", "reflection_status"),
+        ("features", "similarity"), ("embedding", "embedding"),
+    ):  # fmt: skip
+        assert rows[name].to_pylist() == columns_of(run, stage, name)[name], name
+    assert Counter(rows["reflection_status"].to_pylist())["not_requested"] >= len(rows) - 11
+
+    selected = session.selection(rows, score="similarity", share=0.8)
+    decisions = pq.read_table(run / "selection" / "decisions.parquet")
+    assert selected.decisions.to_pydict() == decisions.to_pydict()
+    mixture = session.mixture(selected, targets, budget_rows=8, tolerance=0.05)
+    weights = pq.read_table(run / "mixture" / "weights.parquet").to_pydict()
+    assert mixture.weights == dict(zip(weights["source"], weights["weight"], strict=True))
+    dataset = session.emission(selected, targets, mixture, name="small")
+    written = pq.read_table(sorted((run / "dataset" / "data").glob("*.parquet"))[0])
+    assert dataset.rows.to_pylist() == written.to_pylist()
+
+
+KINDS = {
+    "arrow": lambda table: table,
+    "pandas": lambda table: table.to_pandas(),
+    "list": lambda table: table.to_pylist(),
+    "datasets": lambda table: Dataset.from_list(table.to_pylist()),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_come_back_as_the_kind_that_they_came_in(
+    kind: str, session: Any, rows_of: Any
+) -> None:
+    records = rows_of("apples", 0, 10)
+    ingested = session.ingest({"apples": records}).rows
+    assert isinstance(ingested, list)
+    expected = session.embedding(session.difficulty(pa.Table.from_pylist(ingested)))
+
+    given = KINDS[kind](pa.Table.from_pylist(ingested))
+    rows = session.difficulty(given)
+    assert type(rows) is type(given)
+    assert len(rows) == 10
+    rows = session.embedding(rows)
+    for name in ("id", "ifd", "embedding", "difficulty_status", "response_tokens"):
+        assert list(rows[name] if kind != "list" else [r[name] for r in rows]) == (
+            expected[name].to_pylist() if kind != "arrow" else list(expected[name])
+        )
+    selected = session.selection(rows, score="ifd", rows=4)
+    assert type(selected.kept) is type(given)
+    assert (len(selected.kept), len(selected.dropped)) == (4, 6)
+
+
+def test_records_of_every_kind_are_ingested_alike(session: Any, rows_of: Any) -> None:
+    table = pa.Table.from_pylist(rows_of("apples", 0, 10))
+    ids = [
+        [row["id"] for row in pa.Table.to_pylist(session._table(session.ingest({"a": data}).rows))]
+        for data in (
+            table, table.to_pandas(), table.to_pylist(),
+            Dataset.from_list(table.to_pylist()),
+        )
+    ]  # fmt: skip
+    assert ids[0] == ids[1] == ids[2] == ids[3]
+    assert len(set(ids[0])) == 10
+
+
+def test_every_record_is_a_row_or_a_reject(session: Any, rows_of: Any) -> None:
+    good = rows_of("apples", 0, 10)
+    bad = [{"question": "", "answer": "x"}, {"question": 7, "answer": "x"}, good[0]]
+    found = session.ingest({"apples": [*good, *bad]})
+    assert len(found.rows) == 10
+    assert [reject["reason"].split(":")[0] for reject in found.rejects] == [
+        "empty_turn", "wrong_type", "duplicate",
+    ]  # fmt: skip
+
+
+def test_a_row_that_fails_has_nulls_and_a_status(session: Any, rows_of: Any) -> None:
+    records = [*rows_of("apples", 0, 3), {"question": "Long?", "answer": "word " * 5000}]
+    rows = session.ingest({"apples": records}).rows
+    scored = session.difficulty(rows, min_response_tokens=9)
+    assert len(scored) == 4
+    failed = [row for row in scored if row["difficulty_status"].startswith("failed")]
+    assert failed
+    assert all(row["ifd"] is None for row in failed)
+
+
+def test_a_stage_that_runs_again_replaces_its_columns(session: Any, rows_of: Any) -> None:
+    rows = session.ingest({"apples": rows_of("apples", 0, 6)}).rows
+    once = session.difficulty(rows, rifd=True)
+    twice = session.difficulty(once, rifd=True, limit=2)
+    assert [*once[0]] == [*twice[0]]
+    assert sum(row["ifd"] is not None for row in twice) == 2
+    kept = [row for row in twice if row["ifd"] is not None]
+    assert all(row in once for row in kept)
+
+
+def test_stages_share_models(engines: CountedEngines, rows_of: Any) -> None:
+    with st.Session(progress=False, make=engines) as session:
+        rows = session.ingest({"apples": rows_of("apples", 0, 6)}).rows
+        rows = session.difficulty(rows, student=STUDENT)
+        rows = session.reflection(
+            rows, student=STUDENT, teacher=STUDENT, reply="whole", max_new_tokens=8
+        )
+        rows = session.difficulty(rows, student={"model": STUDENT})
+        assert engines.opened == ["scorer", "generator"]
+        asked = engines.asked["generator"]
+        again = session.reflection(
+            rows, student=STUDENT, teacher=STUDENT, reply="whole", max_new_tokens=8
+        )
+        assert engines.asked["generator"] == asked
+        assert again == rows
+        session.free_models()
+        session.difficulty(rows, student=STUDENT)
+        assert engines.opened == ["scorer", "generator", "scorer"]
+
+
+def test_models_of_the_same_files_share_weights_until_the_last_is_gone() -> None:
+    from stages.engines.model_files import load_causal_lm
+
+    settings = ModelSettings(model=STUDENT, dtype="bfloat16")
+    one = load_causal_lm(settings)
+    two = load_causal_lm(settings.model_copy(update={"max_length": 64}))
+    other = load_causal_lm(settings.model_copy(update={"dtype": "float32"}))
+    pointers = [
+        [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
+        for model in (one, two, other)
+    ]
+    assert pointers[0] == pointers[1]
+    assert not set(pointers[0]) & set(pointers[2])
+    before = two.config._attn_implementation
+    one.set_attn_implementation("eager")
+    assert two.config._attn_implementation == before
+    weight = weakref.ref(one.get_input_embeddings().weight)
+    del one
+    gc.collect()
+    assert weight() is not None
+    del two
+    gc.collect()
+    assert weight() is None
+
+
+def test_it_works_where_an_event_loop_runs_already(session: Any, rows_of: Any) -> None:
+    rows = session.ingest({"apples": rows_of("apples", 0, 3)}).rows
+
+    async def cell() -> Any:
+        return session.difficulty(rows)
+
+    assert asyncio.run(cell()) == session.difficulty(rows)
+
+
+def test_rollouts_go_on_from_the_pilot(session: Any, rows_of: Any) -> None:
+    records = [{**row, "final": str(n * n)} for n, row in enumerate(rows_of("apples", 0, 6))]
+    columns = {"prompt": "question", "response": "answer", "answer": "final"}
+    rows = session.ingest({"apples": {"data": records, "columns": columns}}).rows
+    with pytest.raises(ConfigError, match=r"session\.pass_rate first"):
+        session.rollouts(rows, total=6)
+    rows = session.pass_rate(rows, rollouts=2, max_new_tokens=8, temperature=1.0)
+    rows = session.rollouts(rows, total=6, floor=1, gradient="one")
+    assert [row["budgeted_rollouts"] for row in rows] == [3] * 6
+
+
+def test_mistakes_are_named_before_a_model_is_loaded(
+    session: Any, engines: CountedEngines, rows_of: Any
+) -> None:
+    rows = session.ingest({"apples": rows_of("apples", 0, 3)}).rows
+    bare = [{"messages": row["messages"]} for row in rows]
+    endpoint = {"model": "m", "engine": "openai", "endpoint": {"base_url": "http://localhost:1/v1"}}
+    for call, message in (
+        (lambda: session.difficulty(rows, varient="x"), "did you mean 'variant'?"),
+        (lambda: session.difficulty(rows, limit=0), "difficulty can't be used: limit"),
+        (lambda: session.difficulty(bare), r"column 'id'.*session\.ingest adds it"),
+        (lambda: session.difficulty("rows"), "rows are of type str"),
+        (lambda: session.thinking(rows), "thinking needs a model as its model"),
+        (lambda: session.difficulty(rows, student={"modle": "x"}), "did you mean 'model'?"),
+        (lambda: session.difficulty(rows, student=endpoint), "endpoints don't give"),
+        (lambda: session.difficulty(rows, where="ifdd < 1"), "'ifdd'"),
+        (lambda: session.selection(rows, score="ifd", share=0.5), "'ifd', which no stage"),
+        (lambda: session.ingest({"apples": "gone.jsonl"}), "gone.jsonl"),
+        (lambda: session.ingest({"apples": [{"question": object()}]}), "written as JSON"),
+        (lambda: session.dictionary(rows, path="sae", layer=2), "needs targets too"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            call()
+    assert engines.opened == []
+
+
+def test_budget_of_emission_is_the_mixtures(session: Any, rows_of: Any) -> None:
+    found = session.ingest(
+        {"apples": rows_of("apples", 0, 6), "pears": rows_of("pears", 0, 6)},
+        {"plums": rows_of("plums", 0, 4)},
+    )
+    rows, targets = session.embedding(found.rows), session.embedding(found.targets)
+    selected = session.selection(rows)
+    mixture = session.mixture(selected, targets, budget_rows=6)
+    assert sum(mixture.weights.values()) == pytest.approx(1)
+    with pytest.raises(ConfigError, match="isn't the budget of the mixture"):
+        session.emission(selected, targets, mixture, budget_rows=8)
+    assert len(session.emission(selected, targets, mixture).rows) == 6
+    assert len(session.emission(selected, budget_rows=8).rows) == 8
+    with pytest.raises(StageError):
+        session.selection(rows, filters=[{"rule": "license == 'none'"}])
+
+
+def test_artifacts_and_data_sets_are_kept_where_they_are_saved(
+    session: Any, rows_of: Any, tmp_path: Path
+) -> None:
+    found = session.ingest({"apples": rows_of("apples", 0, 8)}, {"plums": rows_of("plums", 0, 4)})
+    made = session.dictionary(found.rows, layer=2, expansion=2, k=4, steps=6, batch=32)
+    made.save(str(tmp_path / "sae"))
+    assert {"cfg.json", "sae_weights.safetensors"} <= {f.name for f in (tmp_path / "sae").iterdir()}
+    dataset = session.emission(session.selection(found.rows), budget_rows=5)
+    dataset.save(str(tmp_path / "data"))
+    temporary = Path(session._store.url)
+    assert temporary.is_dir()
+    session.close()
+    assert not temporary.exists()
+    saved = pq.read_table(sorted((tmp_path / "data/data").glob("train-*.parquet"))[0])
+    assert [row["id"] for row in saved.to_pylist()] == [row["id"] for row in dataset.rows]
+    assert "apples" in (tmp_path / "data/README.md").read_text()
+
+
+def test_frames_keep_nulls_lists_and_numbers(session: Any, rows_of: Any) -> None:
+    table = pa.Table.from_pylist(session.ingest({"apples": rows_of("apples", 0, 6)}).rows)
+    frame = session.difficulty(pd.DataFrame(table.to_pylist()), limit=3)
+    assert frame["ifd"].isna().sum() == 3
+    assert str(frame["response_tokens"].dtype) == "int32[pyarrow]"
+    assert frame["messages"][0][-1]["role"] == "assistant"
+    assert session.embedding(frame).shape == (6, frame.shape[1] + 3)
