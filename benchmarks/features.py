@@ -201,8 +201,8 @@ def memory_growth(reader: Any, urls: tuple[str, str]) -> dict[str, Any]:
     draws = np.random.default_rng(0)
     peaks = {}
     for count in (1_000, 20_000):
-        ids = draws.integers(100, 40_000, (count, 6)).tolist()
-        reader.features([MaskedSequence(row, [True] * 6) for row in ids], 0, *urls,
+        ids = draws.integers(100, 40_000, (count, 2)).tolist()
+        reader.features([MaskedSequence(row, [True] * 2) for row in ids], 0, *urls,
                         FeaturesSettings())  # fmt: skip
         peaks[count] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     return {"memory_growth": peaks[20_000] / peaks[1_000] - 1, "peak_mb": peaks}

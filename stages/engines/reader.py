@@ -206,6 +206,7 @@ class TransformersReader:
         from stages.concepts.attribution import reconstructions, row_concepts
         from stages.engines.own_path import own_gradients
 
+        # The pass goes on to the end; the first call sees that there is such a block.
         self._end_at(layer)
         self._end_at(None)
         self._check_lengths([len(sequence.ids) for sequence in sequences])
