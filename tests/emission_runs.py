@@ -75,6 +75,7 @@ class Run:
     statuses: dict[str, dict[str, int]] = field(default_factory=dict)
     identities: dict[str, dict[str, Any]] = field(default_factory=dict)
     rejects: list[dict[str, Any]] = field(default_factory=list)
+    left_out: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def add(self, source: str, count: int, **of_source: Any) -> None:
         """Rows of a source; every fifth is dropped, every third of the rest was rewritten."""
@@ -141,7 +142,12 @@ class Run:
         reports: dict[str, dict[str, Any]] = {
             "ingest": {
                 "sources": {
-                    name: {"in": count + 3, "kept": count, "rejected": {"empty response": 3}}
+                    name: {
+                        "in": count + 3,
+                        "kept": count,
+                        "rejected": {"empty response": 3},
+                        **self.left_out.get(name, {}),
+                    }
                     for name, count in counts.items()
                 }
             },

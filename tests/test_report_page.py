@@ -42,6 +42,13 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     run.rejects = [
         {"source": "sums", "file": "f", "record": 3, "reason": "unparsable", "raw": "half a Zeppe"}
     ]
+    run.left_out = {
+        "sums": {
+            "duplicate_of": {"chat": 2},
+            "near_duplicate_of": {"chat": 1, "sums": 4},
+            "overlaps": {"exam": {"exact": 3}, "quiz": {"ngram": 5}},
+        }
+    }
     html = run.emit(str(folder / "run"), budget_rows=60).files["report.html"]
     (folder / "report.html").write_bytes(html)
     browser = Browser(str(COMMAND), folder / "profile")
@@ -91,6 +98,23 @@ def test_charts_are_drawn(page: Browser) -> None:
     )
     assert len(bars) > 6
     assert max(bars) > 50
+
+
+def test_pairs_of_sources_are_told_most_rows_first(page: Browser) -> None:
+    rows = page.value(
+        "[...document.querySelectorAll('section')]"
+        ".filter((one) => one.querySelector('h2')?.textContent.startsWith('Repeated and'))"
+        ".flatMap((one) => [...one.querySelectorAll('tr')])"
+        ".map((row) => [...row.children].map((cell) => cell.textContent))"
+    )
+    assert rows == [
+        ["source", "stays in", "exact", "near"],
+        ["sums", "sums", "–", "4"],
+        ["sums", "chat", "2", "1"],
+        ["source", "holds text of", "exact", "n-gram"],
+        ["sums", "quiz", "–", "5"],
+        ["sums", "exam", "3", "–"],
+    ]
 
 
 def test_search_filters_by_text_and_by_fate(page: Browser) -> None:

@@ -43,8 +43,9 @@ class SourceFacts:
         distinct: emitted rows, copies not counted.
         tokens: tokens of the emitted lines.
         shortfall: quota less what was emitted, in the quota's unit.
-        duplicate_of: exact and near duplicates by the source of the row that stays.
-        overlaps: contaminated rows by target or evaluation set.
+        duplicate_of: exact duplicates by the source of the row that stays.
+        near_duplicate_of: near duplicates likewise.
+        overlaps: contaminated rows by target or evaluation set, and how they overlap it.
     """
 
     name: str
@@ -65,7 +66,8 @@ class SourceFacts:
     tokens: int
     shortfall: int
     duplicate_of: Mapping[str, int] = field(default_factory=dict)
-    overlaps: Mapping[str, int] = field(default_factory=dict)
+    near_duplicate_of: Mapping[str, int] = field(default_factory=dict)
+    overlaps: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -143,8 +145,10 @@ class Facts:
         return rows | written_terms(self.models, self.written)
 
     def license_of(self, source: SourceFacts) -> str:
-        """The licences of a source's rows in words."""
-        counts = self.stated.get(source.name) or {license_name(source.license): 1}
+        """The licences of a source's rows in words; a dash where it has no row to state one."""
+        counts = self.stated.get(source.name)
+        if not counts:
+            return license_name(source.license) or "–"
         names = sorted(counts, key=lambda name: (-counts[name], name or ""))
         return ", ".join(name or "not stated" for name in names)
 
@@ -215,11 +219,9 @@ def source_facts(
                 distinct=len(np.unique(lines)),
                 tokens=tokens,
                 shortfall=quotas.get(name, 0) - (tokens if unit == "tokens" else len(lines)),
-                duplicate_of=Counter(counts.get("duplicate_of"))
-                + Counter(counts.get("near_duplicate_of")),
-                overlaps={
-                    one: sum(kinds.values()) for one, kinds in counts.get("overlaps", {}).items()
-                },
+                duplicate_of=counts.get("duplicate_of") or {},
+                near_duplicate_of=counts.get("near_duplicate_of") or {},
+                overlaps=counts.get("overlaps") or {},
             )
         )
     return facts

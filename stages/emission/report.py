@@ -121,6 +121,8 @@ def report_html(
         unit=facts.settings.unit,
         flow=_flow(facts),
         anchors=[source for source in facts.sources if source.role == "anchor"],
+        repeated=_repeated(facts),
+        contaminated=_contaminated(facts),
         licenses=_licenses(facts),
         mixture_bars=_mixture_bars(facts),
         mixture_charts=mixture_charts,
@@ -168,6 +170,27 @@ def _activation_coverage(facts: Facts) -> Mapping[str, Any] | None:
     """What selection reported of the targets' features; None where no features were asked for."""
     reports = [stage.report for stage in facts.stages if stage.name == "selection"]
     return reports[0].get("activation_coverage") if reports else None
+
+
+def _repeated(facts: Facts) -> list[tuple[str, str, int, int]]:
+    """A source, the source whose rows stay, and the exact and near duplicates; most first."""
+    pairs = [
+        (source.name, other, source.duplicate_of.get(other, 0), near.get(other, 0))
+        for source in facts.sources
+        for near in [source.near_duplicate_of]
+        for other in {**source.duplicate_of, **near}
+    ]
+    return sorted(pairs, key=lambda pair: -(pair[2] + pair[3]))
+
+
+def _contaminated(facts: Facts) -> list[tuple[str, str, int, int]]:
+    """A source, a target or evaluation set, and exact overlaps and runs of words; most first."""
+    pairs = [
+        (source.name, name, kinds.get("exact", 0), kinds.get("ngram", 0))
+        for source in facts.sources
+        for name, kinds in source.overlaps.items()
+    ]
+    return sorted(pairs, key=lambda pair: -(pair[2] + pair[3]))
 
 
 def _licenses(facts: Facts) -> list[Bar]:

@@ -83,7 +83,7 @@ class EmissionStage:
     """
 
     name = "emission"
-    version = 2
+    version = 3
 
     def __init__(
         self,
