@@ -163,18 +163,10 @@ def _loss_slope(model: Any, final: torch.Tensor, targets: torch.Tensor) -> torch
     from torch.nn.functional import cross_entropy
 
     head = output_head_of(model)
-<<<<<<< HEAD
     slopes: list[torch.Tensor] = []
-    for states, wanted in zip(
-        torch.split(final, _LOGITS_CHUNK), torch.split(targets, _LOGITS_CHUNK), strict=True
-    ):
-        leaf = states.requires_grad_()
-=======
-    slopes = []
     for start in range(0, len(final), _LOGITS_CHUNK):
         part = slice(start, start + _LOGITS_CHUNK)
         leaf, wanted = final[part].requires_grad_(), targets[part]
->>>>>>> select
         loss = cross_entropy(head(leaf).float(), wanted, reduction="sum")
         slopes += torch.autograd.grad(loss, leaf)
     return torch.cat(slopes) if slopes else final
