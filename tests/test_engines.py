@@ -171,19 +171,18 @@ def test_gradient_norm_is_that_of_finite_differences(model: Any) -> None:
     prompt, target = draws.integers(100, 40000, (2, 6)).tolist()
     scorer = TransformersScorer(SETTINGS)
     norm = scorer.gradient_norms([ScoreRequest(prompt, target), ScoreRequest(prompt, target[:1])])
-    weight = model.get_input_embeddings().weight
+    # The scorer's model shares its weights with this one, and has them take no gradient.
+    weight = model.get_input_embeddings().weight.requires_grad_()
     out = model(torch.tensor([[*prompt, *target]])).logits[0].log_softmax(-1)
     total = sum(out[5 + i, token] for i, token in enumerate(target))
     (gradient,) = torch.autograd.grad(total, weight)
-    weight = scorer._model.get_input_embeddings().weight
+    weight.requires_grad_(False)
     step = 1e-2 * gradient / gradient.norm()
-    sums = []
+    before, sums = weight.clone(), []
     for sign in (1, -1):
-        with torch.no_grad():
-            weight += sign * step
+        weight.copy_(before + sign * step)
         sums.append(scorer.score([ScoreRequest(prompt, target)]).sums[0])
-        with torch.no_grad():
-            weight -= sign * step
+    weight.copy_(before)
     assert norm[0] == pytest.approx((sums[0] - sums[1]) / 2e-2, rel=1e-2)
     assert 0 < norm[1] < norm[0]
 

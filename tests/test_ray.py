@@ -137,7 +137,7 @@ def test_tasks_over_shards_are_spread_and_answered_in_order(backend: Any, tmp_pa
     for start in range(0, 40, 10):
         parts.append((f"part-{start}.parquet", 10))
         table = pa.Table.from_pylist(rows[start : start + 10], schema=schema)
-        store.write_table(parts[-1][0], table)
+        store.write_arrow(parts[-1][0], table)
     wanted = NearDuplicateSettings(part="prompt", threshold=0.9)
     find = partial(found_near_duplicates, store, parts, wanted, {"s": 0})
     here, spread = find(in_turn), find(backend.map)
