@@ -83,7 +83,7 @@ class EmissionStage:
     """
 
     name = "emission"
-    version = 3
+    version = 4
 
     def __init__(
         self,
