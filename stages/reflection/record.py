@@ -288,8 +288,8 @@ def added_schema(settings: ReflectionSettings) -> pa.Schema:
             for kind in kinds
             for version in (*_VERSIONS, "effective")
         ),
-        pa.field("teacher_prompt_tokens", pa.int32()),
-        pa.field("teacher_tokens", pa.int32()),
+        pa.field("teacher_prompt_tokens", pa.int64()),
+        pa.field("teacher_tokens", pa.int64()),
     ]
     labels = (
         "reflection_outcome",

@@ -43,7 +43,7 @@ class ReflectionStage:
     """Adds rewritten messages, the student's verdicts, and the scores of the text that stands."""
 
     name = "reflection"
-    version = 2
+    version = 3
     on_targets = False
     settings: ReflectionSettings
 
