@@ -189,10 +189,10 @@ class Checked(Protocol):
 
 @runtime_checkable
 class ReadsFiles(Protocol):
-    """A stage with settings that name files, of which the content counts and not the place."""
+    """A stage that depends on texts: files that settings name, by content, or wording in code."""
 
     def file_contents(self) -> Mapping[str, Any]:
-        """By settings field: what identifies the content of the files that it names."""
+        """What identifies each text, by the settings field that names it or by its own name."""
         ...
 
 

@@ -108,7 +108,7 @@ def table(
 
 def reflect(
     rows: pa.Table,
-    teacher: FakeTeacher,
+    teacher: Any,
     judge: FakeStudent,
     models: dict[str, ModelSettings] | None = None,
     **settings: object,

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from stages.emission.audit import SAMPLED, ReflectionAudit
 from stages.emission.diffs import word_diff
+from stages.emission.gather import audited_columns
 from stages.rows import LABEL
 
 WORDS = st.text(st.sampled_from("ab \n\t,.") | st.characters(codec="utf-8"), max_size=60)
@@ -154,6 +155,29 @@ def test_sample_is_ten_of_each_outcome_whatever_the_shards_and_order() -> None:
     assert sample(run, 8) == first
     run.rows.reverse()
     assert sample(run, 3) == first
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+def test_verdicts_of_every_exchange_are_counted(shards: int) -> None:
+    """A row's own columns have those of its last one only."""
+    run, rng = reflected(), np.random.default_rng(3)
+    verdicts = ["accepted", "tie", "truncated", None]
+    inner = pa.struct([("outcome", pa.string()), ("response_result", pa.string())])
+    run.column("reflection_exchanges", pa.list_(inner), [None])
+    counted: Counter[str] = Counter()
+    for row in run.rows:
+        if row["reflection_status"] != "ok":
+            continue
+        found = [verdicts[i] for i in rng.integers(0, 4, rng.integers(1, 4))]
+        row["reflection_exchanges"] = [{"response_result": one} for one in found]
+        row["reflection_response_result"] = found[-1]
+        counted.update(one for one in found if one)
+    audit, start = ReflectionAudit(5), 0
+    names = [*audited_columns(run.present), "messages_reflected", "messages", "id", "source"]
+    for table in run.table(shards).iter(sorted({*names, "ifd_before", "ifd_effective"})):
+        audit.see(table, start)
+        start += table.num_rows
+    assert audit.results == {"response": counted}
 
 
 class Section(HTMLParser):

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from email.utils import format_datetime
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -25,7 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from stages.engines import Completion, Sampling, Usage
+from stages.engines import Completion, Sampling, Usage, traffic
 from stages.engines.chat import ChatFailure, ChatRequest
 from stages.engines.endpoint import EndpointChat, request_seed
 from stages.engines.local import make_engine
@@ -149,7 +150,19 @@ class TestReplies:
         assert isinstance(done, Completion)
         assert done.text == text
 
-    @pytest.mark.parametrize("usage", [None, {}, {"total_tokens": 3}, {"prompt_tokens": "many"}])
+    @pytest.mark.parametrize(
+        "usage",
+        [
+            None,
+            {},
+            {"total_tokens": 3},
+            {"prompt_tokens": "many"},
+            {"prompt_tokens": -1, "completion_tokens": 2},
+            {"prompt_tokens": True, "completion_tokens": 2},
+            {"prompt_tokens": 2**40, "completion_tokens": 2},
+            {"prompt_tokens": 3, "completion_tokens": 10**30},
+        ],
+    )
     def test_usage_that_isnt_reported_is_unknown(self, server: EndpointServer, usage: Any) -> None:
         value = json.loads(reply("Yes.").body) | {"usage": usage}
         server.script = lambda *_: json_answer(value)
@@ -384,6 +397,22 @@ class TestLimits:
             pace.spend(now, amount)
             spent += amount
 
+    def test_no_reply_takes_more_than_a_minute(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whatever its endpoint says that it took."""
+        clock = [100.0]
+
+        async def sleep(seconds: float) -> None:
+            clock[0] += seconds
+
+        monkeypatch.setattr(traffic, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+        monkeypatch.setattr(traffic, "asyncio", SimpleNamespace(sleep=sleep))
+        limits = traffic.Traffic(tokens_per_minute=50)
+        for tokens, seconds in ((25, 30), (10**7, 60), (5, 6)):
+            before = clock[0]
+            limits.spend_tokens(tokens)
+            asyncio.run(limits.turn())
+            assert clock[0] - before == pytest.approx(seconds)
+
     @pytest.mark.parametrize("header", ["0.4", "date"])
     def test_retry_after_is_waited_for_by_all(self, server: EndpointServer, header: str) -> None:
         told = format_datetime(datetime.fromtimestamp(time.time() + 1.9, UTC), usegmt=True)
@@ -410,6 +439,8 @@ class TestLimits:
             ("Sat, 21 Nov 2026 16:21:10 GMT", 10.0),
             ("Sat, 21 Nov 2026 16:20:00 GMT", 0.0),
             ("Sat, 21 Nov 2026 16:21:10 -0000", 10.0),
+            ("Mon, 99999999999999999999 Jan 2026 00:00:00 GMT", None),
+            ("Mon, 1 Jan 99999999999999999999 00:00:00 GMT", None),
             ("soon", None),
             ("-3", None),
             ("nan", None),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -12,6 +12,9 @@ import pytest
 from reflection_fakes import SMALL, TOKENIZER, FakeTeacher, chat, reflect, student, table, tagged
 from sharded import Tables
 
+from stages.engines import Completion, Sampling
+from stages.engines.chat import ChatFailure, ChatRequest
+from stages.engines.settings import ModelSettings
 from stages.errors import StageError
 from stages.reflection.probe import RepliesStage, probed_form
 from stages.reflection.settings import ReflectionSettings
@@ -80,6 +83,57 @@ def test_the_sample_depends_on_neither_order_nor_shards() -> None:
 def test_a_teacher_that_nobody_can_read_stops_the_run() -> None:
     with pytest.raises(StageError, match=r"none of 16 replies .* in any form"):
         probed(lambda prompt: "")
+
+
+class Endpoint:
+    """An endpoint that writes tags, but for requests that it doesn't answer, by their place."""
+
+    def __init__(self, refused: Mapping[int, ChatFailure]) -> None:
+        self.refused = refused
+        self.asked = 0
+
+    async def chat(
+        self, requests: Sequence[ChatRequest], sampling: Sampling
+    ) -> list[Completion | ChatFailure]:
+        done = [in_tags(request.messages[-1]["content"]) for request in requests]
+        places = range(self.asked, self.asked + len(requests))
+        self.asked += len(requests)
+        return [
+            self.refused.get(place) or Completion((), text, "stop", -1.0)
+            for place, text in zip(places, done, strict=True)
+        ]
+
+
+def probed_endpoint(refused: Mapping[int, ChatFailure]) -> dict[str, Any]:
+    behind = ModelSettings.model_validate(
+        {"model": "big", "engine": "openai", "endpoint": {"base_url": "http://host/v1"}}
+    )
+    stage = RepliesStage(
+        ReflectionSettings(max_new_tokens=64), {"teacher": behind, "student": SMALL}, 3
+    )
+    nothing = Tables(ROWS.slice(0, 0), 1)
+    engines = {"teacher": Endpoint(refused)}
+    artifact = asyncio.run(stage.fit(Tables(ROWS, 7), nothing, engines))
+    found: dict[str, Any] = json.loads(artifact.files["replies.json"])
+    return found
+
+
+@pytest.mark.parametrize("refused", [range(16), [3], [15], range(16, 32)])
+def test_a_busy_endpoint_chooses_no_form(refused: Sequence[int]) -> None:
+    busy = ChatFailure("rate_limited", "http://host/v1: Slow down.")
+    with pytest.raises(StageError, match=r"rate_limited: .*Slow down\..* run again") as raised:
+        probed_endpoint(dict.fromkeys(refused, busy))
+    assert f"{len(refused)} of 16 requests to big" in str(raised.value)
+
+
+def test_a_form_that_an_endpoint_refuses_counts_as_one_that_fails() -> None:
+    """It will refuse it the next time too: many servers know no schema."""
+    assert probed_endpoint({})["reply"] == "tagged"
+    found = probed_endpoint(
+        dict.fromkeys(range(16), ChatFailure("bad_request", "http://host/v1: No."))
+    )
+    assert found["failures"]["tagged"] == {"bad_request": 16}
+    assert found["reply"] == "json"
 
 
 def test_rows_without_an_exchange_cannot_be_tried() -> None:

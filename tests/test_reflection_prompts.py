@@ -15,6 +15,7 @@ from pipeline.cli import app
 from pipeline.config import read_config
 from pipeline.flow import flow_of
 from pipeline.identity import fingerprint, stage_identities
+from stages.difficulty import losses
 from stages.errors import ConfigError
 from stages.reflection.parsing import ParseFailure, Rewrite, parse_instruction_reply
 from stages.reflection.prompts import default_prompts_file, read_prompts
@@ -124,6 +125,28 @@ def test_content_is_part_of_the_fingerprint_and_place_is_not(tmp_path: Path, rec
     changed = identity(written(tmp_path / "b" / "moved.yaml", new_answer="what you answer"))
     assert fingerprint(changed) != fingerprint(default)
     assert set(_differing(changed, default)) == {"settings.prompts"}
+
+
+def test_wording_of_the_reverse_prompt_is_part_of_what_depends_on_it(
+    recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def differing(**difficulty: Any) -> dict[str, set[str]]:
+        recipe.value["difficulty"] = difficulty
+        config = read_config(recipe.save())
+        before = stage_identities(config, flow_of(config))
+        with monkeypatch.context() as patched:
+            patched.setattr(losses, "REVERSE_PROMPT", "What was asked? {response}")
+            after = stage_identities(config, flow_of(config))
+        names = ("difficulty", "reflection")
+        return {name: set(_differing(before[name], after[name])) for name in names}
+
+    own = {"settings.reverse_prompt"}
+    assert differing(rifd=False) == {"difficulty": set(), "reflection": own}
+    compat = differing(rifd=True, mode="compat", template="alpaca")
+    assert compat == {"difficulty": set(), "reflection": own}
+    both = differing(rifd=True)
+    assert both["difficulty"] == own
+    assert own <= both["reflection"]
 
 
 def test_paths_of_a_machine_are_not_in_what_is_published(tmp_path: Path, recipe: Any) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from reflection_fakes import (
+    ALONE,
     SMALL,
     TOKENIZER,
     FakeTeacher,
@@ -19,12 +22,19 @@ from reflection_fakes import (
     table,
 )
 
+from stages.difficulty.settings import DifficultySettings
+from stages.engines import Completion, Sampling, Usage
+from stages.engines.chat import ChatFailure, ChatRequest
+from stages.engines.settings import ModelSettings
 from stages.ingest.parse import Row, iter_rows
 from stages.reflection import ReflectionSettings, ReflectionStage
 from stages.reflection.parsing import Rewrite
-from stages.rows import row_id
+from stages.rows import Message, row_id
 from stages.sources.settings import Source
 
+BEHIND = ModelSettings.model_validate(
+    {"model": "big", "engine": "openai", "endpoint": {"base_url": "http://host/v1"}}
+)
 TALK = chat("Q2", "A2", ("system", "Be kind."), ("user", "Q1"), ("assistant", "A1"))
 IFD = {"A1": -0.5, "B1": -0.3, "C1": -0.4, "A2": -0.6, "B2": -0.7, "C2": -0.5}
 RIFD = {"A1": -0.1, "B1": -0.2, "C1": -0.3, "A2": -0.1, "C2": -0.4}
@@ -96,6 +106,105 @@ def test_an_exchange_that_calls_a_tool_is_left_and_the_others_are_not() -> None:
     assert only["reflection_status"].startswith("failed: tool_call")
     # The last turn is the user's: the exchange before it is reflected on all the same.
     assert open_["reflection_status"] == "ok"
+
+
+def known_losses(rows: pa.Table, ifd: dict[str, float]) -> pa.Table:
+    """With what difficulty would have found for the last response."""
+    said = [messages[-1]["content"] for messages in rows["messages"].to_pylist()]
+    given = [ALONE + ifd[text] for text in said]
+    return (
+        rows.append_column("loss_conditional", pa.array(given, pa.float32()))
+        .append_column("loss_unconditional", pa.array([ALONE] * len(said), pa.float32()))
+        .append_column("response_tokens", pa.array([2] * len(said), pa.int32()))
+        .append_column("response_truncated", pa.array([False] * len(said)))
+    )
+
+
+def test_a_last_exchange_that_cant_be_reflected_on_keeps_its_score() -> None:
+    """Unless the turns before it have changed, so that nobody knows what it would be."""
+    call = chat("Q2", "A2", ("user", "Q1"), ("assistant", "A1"))
+    call[-1]["tool_calls"] = "[{}]"
+    stage = ReflectionStage(
+        ReflectionSettings(reply="tagged", max_new_tokens=64, turns="every"),
+        {"teacher": SMALL, "student": SMALL},
+        seed=7,
+        difficulty=DifficultySettings(student="student"),
+    )
+    rows = known_losses(table([call]), IFD)
+    for better, kept in (({}, -0.6), ({"A1": "C1"}, None)):
+        engines = {"teacher": FakeTeacher(rewriting({}, better)), "student": student(IFD, RIFD)}
+        (row,) = asyncio.run(stage.process(rows, engines, {})).to_pylist()
+        assert row["reflection_status"] == "ok"
+        assert row["reflection_outcome"] == ("response" if better else "none")
+        last = row["reflection_exchanges"][-1]
+        assert last["outcome"] == "failed"
+        for name in ("ifd_before", "ifd_effective"):
+            assert row[name] == last[name]
+            assert (row[name] and math.log(row[name])) == (kept and pytest.approx(kept))
+
+
+class Endpoint:
+    """A teacher behind an endpoint that doesn't answer where a prompt holds certain words."""
+
+    def __init__(self, reply: Callable[[str], str], busy: Sequence[str]) -> None:
+        self.reply = reply
+        self.busy = busy
+        self.spent = Usage(0, 0)
+
+    async def chat(
+        self, requests: Sequence[ChatRequest], sampling: Sampling
+    ) -> list[Completion | ChatFailure]:
+        return [self._answer(request.messages[-1]["content"]) for request in requests]
+
+    def _answer(self, prompt: str) -> Completion | ChatFailure:
+        if any(words in prompt for words in self.busy):
+            return ChatFailure("rate_limited", "http://host/v1: Slow down.")
+        text = self.reply(prompt)
+        used = Usage(len(prompt), len(text))
+        self.spent = Usage(self.spent[0] + used[0], self.spent[1] + used[1])
+        return Completion((), text, "stop", -1.0, used)
+
+
+@pytest.mark.parametrize(
+    ("talk", "busy", "kept"),
+    [
+        # The response to the new instruction, the only exchange.
+        (chat("Q2", "A2"), "B2", -0.6),
+        # The same in the last exchange of two, after one that stands as it came.
+        (chat("Q2", "A2", ("user", "Q0"), ("assistant", "D0")), "B2", -0.6),
+        # After one that was rewritten, and in the first: what the last would be isn't known.
+        (TALK, "B2", None),
+        (TALK, "B1", None),
+    ],
+)
+def test_a_row_that_its_endpoint_fails_keeps_what_is_known(
+    talk: list[Message], busy: str, kept: float | None
+) -> None:
+    ifd, rifd = IFD | {"B2": -0.3, "D0": -0.5}, RIFD | {"D0": -0.1}
+    pairs = {"Q1": Rewrite("P1", "B1"), "Q2": Rewrite("P2", "B2")}
+    models = {"teacher": BEHIND, "student": SMALL}
+    for mode in ("sequential", "grid"):
+        teacher = Endpoint(rewriting(pairs, {"A1": "C1"}), [busy])
+        (row,) = reflect(
+            table([talk], ["4"]),
+            teacher,
+            student(ifd, rifd),
+            models,
+            turns="every",
+            mode=mode,
+            check="exact",
+        )
+        assert row["reflection_status"] == "failed: rate_limited: http://host/v1: Slow down."
+        assert row["reflection_outcome"] == "failed"
+        assert row["messages_reflected"] is None
+        assert row["answer_effective"] == "4"
+        assert row["reflection_teacher"] == "big"
+        assert (row["teacher_prompt_tokens"], row["teacher_tokens"]) == teacher.spent
+        assert teacher.spent.generated_tokens > 0
+        for name in ("ifd_before", "ifd_effective"):
+            assert (row[name] and math.log(row[name])) == (kept and pytest.approx(kept))
+        assert row["ifd_instruction"] is None
+        assert row["reflection_instruction_result"] is None
 
 
 def test_answer_of_the_row_belongs_to_its_last_exchange() -> None:

@@ -6,6 +6,7 @@ a text without a prompt is scored after a start token, so that its first token c
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,11 @@ REVERSE_PROMPT = (
     "Write the request that this reply answers. Give the request only."
 )
 """Asks for the instruction behind a response; its wording is part of r-IFD's identity."""
+
+
+def reverse_prompt_digest() -> str:
+    """What tells one wording of REVERSE_PROMPT from another, in hex."""
+    return hashlib.sha256(REVERSE_PROMPT.encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from stages.difficulty.losses import (
     ResponseLoss,
     instruction_losses,
     response_losses,
+    reverse_prompt_digest,
 )
 from stages.difficulty.settings import DifficultySettings
 from stages.engines.model_files import cached_tokenizer
@@ -66,6 +67,12 @@ class DifficultyStage:
     def engines(self) -> Mapping[str, EngineSpec]:
         """The student scores."""
         return {"student": EngineSpec("scorer", self.settings.student, self._student)}
+
+    def file_contents(self) -> Mapping[str, str]:
+        """No file, but the wording that r-IFD depends on, where it is scored with it."""
+        if not self.settings.rifd or self.settings.mode == "compat":
+            return {}
+        return {"reverse_prompt": reverse_prompt_digest()}
 
     def artifacts(self) -> tuple[str, ...]:
         """None."""

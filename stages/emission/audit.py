@@ -22,6 +22,10 @@ LONGEST = 4_000
 """Characters of a text that is compared."""
 
 _TOKENS = re.compile(r"^teacher_(\w+_)?tokens$")
+_RESULT = re.compile(r"reflection_(\w+)_result")
+EXCHANGES = "reflection_exchanges"
+"""Column of all exchanges of a row, of which the row's own verdicts are those of the last."""
+
 _PAIRS = {"ifd": ("ifd_before", "ifd_effective"), "rifd": ("rifd_before", "rifd_effective")}
 
 
@@ -59,7 +63,7 @@ class ReflectionAudit:
         asked: rows that reflection was asked for.
         rewritten: rows whose text it changed.
         outcomes: rows by outcome.
-        results: verdicts and failures, by `instruction` or `response`.
+        results: verdicts and failures, by `instruction` or `response`, of every exchange.
         failures: failed rows by code.
         tokens: teacher tokens by column.
     """
@@ -84,8 +88,8 @@ class ReflectionAudit:
         for name in asked.column_names:
             if _TOKENS.match(name):
                 self.tokens[name] += pc.sum(asked[name]).as_py() or 0
-            elif match := re.fullmatch(r"reflection_(\w+)_result", name):
-                self.results.setdefault(match.group(1), Counter()).update(_counted(asked[name]))
+        for part, verdicts in _verdicts(asked).items():
+            self.results.setdefault(part, Counter()).update(_counted(verdicts))
         self.outcomes.update(_counted(asked["reflection_outcome"]))
         failed = [text for text in asked["reflection_status"].to_pylist() if text != "ok"]
         self.failures.update(text.removeprefix("failed: ").split(":")[0] for text in failed)
@@ -164,6 +168,17 @@ def _compared(values: dict[str, Any]) -> Rewrite:
         turns=turns,
         cut=cut,
     )
+
+
+def _verdicts(table: pa.Table) -> dict[str, pa.ChunkedArray]:
+    """Verdicts of every exchange where they are known, else of the last, by what was rewritten."""
+    parts = {
+        match.group(1): name for name in table.column_names if (match := _RESULT.fullmatch(name))
+    }
+    if EXCHANGES not in table.column_names:
+        return {part: table[name] for part, name in parts.items()}
+    exchanges = pc.list_flatten(table[EXCHANGES])
+    return {part: pc.struct_field(exchanges, f"{part}_result") for part in parts}
 
 
 def _counted(column: pa.ChunkedArray) -> Counter[str]:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stages.base import ShardedColumns
-from stages.emission.audit import ReflectionAudit
+from stages.emission.audit import EXCHANGES, ReflectionAudit
 from stages.emission.decisions import Decisions
 from stages.emission.sample import FloatArray, IntArray
 from stages.errors import StageError
@@ -110,6 +110,7 @@ def audited_columns(present: Sequence[str]) -> tuple[str, ...]:
         or _CUT.search(name)
         or _SPENT.match(name)
         or re.fullmatch(r"reflection_\w+_result", name)
+        or name == EXCHANGES
     )
 
 

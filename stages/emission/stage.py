@@ -83,7 +83,7 @@ class EmissionStage:
     """
 
     name = "emission"
-    version = 4
+    version = 5
 
     def __init__(
         self,

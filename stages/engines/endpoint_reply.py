@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from pydantic import BaseModel, ValidationError
 
@@ -18,6 +18,10 @@ _FINISHED: dict[str, FinishReason] = {
     "length": "length",
     "content_filter": "content_filter",
 }
+
+
+_MOST_TOKENS = 10_000_000
+"""More than any window holds; what a server reports beyond it is no count."""
 
 
 class _Message(BaseModel):
@@ -78,11 +82,14 @@ def completion_of(body: bytes) -> Completion | ChatFailure:
 
 
 def _usage_of(reported: Mapping[str, Any]) -> Usage | None:
-    """The two counts; None unless both are reported."""
+    """The two counts; None unless both are reported and can be true."""
     prompt, generated = reported.get("prompt_tokens"), reported.get("completion_tokens")
-    if isinstance(prompt, int) and isinstance(generated, int) and min(prompt, generated) >= 0:
-        return Usage(prompt, generated)
-    return None
+    return Usage(prompt, generated) if _is_count(prompt) and _is_count(generated) else None
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    # JSON's true and false are ints to Python.
+    return type(value) is int and 0 <= value <= _MOST_TOKENS
 
 
 class Words(NamedTuple):

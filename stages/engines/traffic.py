@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import re
 import time
@@ -39,7 +40,7 @@ def retry_after_s(header: str | None, now: float) -> float | None:
         return float(header)
     try:
         moment = parsedate_to_datetime(header)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)
@@ -72,6 +73,7 @@ class Traffic:
         """Set the rates; None is no limit."""
         self._requests = Pace(requests_per_minute) if requests_per_minute else None
         self._tokens = Pace(tokens_per_minute) if tokens_per_minute else None
+        self._most_tokens = tokens_per_minute or math.inf
         self._paused_until = 0.0
 
     async def turn(self) -> None:
@@ -82,9 +84,12 @@ class Traffic:
             self._requests.spend(time.monotonic(), 1)
 
     def spend_tokens(self, tokens: float) -> None:
-        """Count what a request took."""
+        """Count what a request took, of which no more than one minute has to be made up for.
+
+        An endpoint may report any number, and a wrong one mustn't stop the run for hours.
+        """
         if self._tokens:
-            self._tokens.spend(time.monotonic(), tokens)
+            self._tokens.spend(time.monotonic(), min(tokens, self._most_tokens))
 
     def pause(self, seconds: float) -> None:
         """Send nothing for some time, as the endpoint asked."""

@@ -10,6 +10,7 @@ from typing import Any, get_args
 import pyarrow as pa
 
 from stages.base import NO_ARTIFACTS, Artifact, Columns, EngineSpec, Settings, ShardedColumns
+from stages.engines.chat import RETRIED
 from stages.engines.settings import ModelSettings
 from stages.errors import StageError
 from stages.reflection.parsing import ParseFailure
@@ -44,7 +45,7 @@ class RepliesStage:
     """
 
     name = REPLIES
-    version = 1
+    version = 2
     on_targets = False
 
     def __init__(
@@ -86,7 +87,8 @@ class RepliesStage:
         """`replies.json`: the form, and of every form how many replies failed by which code.
 
         Raises:
-            StageError: no row can be reflected on, or no reply in any form could be read.
+            StageError: no row can be reflected on, an endpoint left a request without a reply that
+                it may answer another time, or no reply in any form could be read.
         """
         conversations = self._sample(columns)
         if not conversations:
@@ -108,9 +110,9 @@ class RepliesStage:
             )
             replies = await self._replies(teacher, conversations)
             asked = len(replies)
-            failures[form] = Counter(
-                reply.code for reply in replies if isinstance(reply, ParseFailure)
-            )
+            failed = [reply for reply in replies if isinstance(reply, ParseFailure)]
+            self._check_answered(form, failed, asked)
+            failures[form] = Counter(reply.code for reply in failed)
         best = min(failures, key=lambda form: failures[form].total())
         if failures[best].total() == asked:
             counted = {form: dict(codes) for form, codes in failures.items()}
@@ -125,6 +127,19 @@ class RepliesStage:
             "failures": {form: dict(sorted(codes.items())) for form, codes in failures.items()},
         }
         return Artifact({_FILE: json.dumps(found, indent=1).encode()}, found)
+
+    def _check_answered(self, form: Form, failed: Sequence[ParseFailure], asked: int) -> None:
+        """Refuse to compare forms where a busy hour would decide, for as long as the run lasts."""
+        passing = [failure for failure in failed if failure.code in RETRIED]
+        if not passing:
+            return
+        raise StageError(
+            f"{len(passing)} of {asked} requests to {self._teacher.model} in the form {form} got "
+            f"no reply; for example {passing[0].code}: {passing[0].detail}. The forms can't be "
+            "compared without them: run again later, what was answered is kept; or name a form in "
+            "reflection.reply",
+            stage=self.name,
+        )
 
     async def _replies(
         self, teacher: Teacher, conversations: Mapping[str, list[Message]]

@@ -126,22 +126,20 @@ class ReflectedRow:
         return "failed" if self.error is not None else self.standing
 
     def values(self) -> dict[str, Any]:
-        """The columns that describe one exchange; a failed one has its outcome and why."""
+        """The columns that describe one exchange; a failed one has no verdicts, but why."""
         if self.error is not None:
-            return {"reflection_outcome": self.outcome, "error": str(self.error)}
-        found = {name: self.versions.get(_VERSIONS[name]) for name in _VERSIONS}
-        found["effective"] = self.current
-        scores: dict[str, Any] = {}
-        for name, version in found.items():
-            ifd, rifd = (version.ifd, version.rifd) if version else (None, None)
-            scores[f"ifd_{name}"] = ifd.ifd if ifd else None
-            scores[f"rifd_{name}"] = rifd.rifd if rifd else None
-            scores[f"reverse_loss_{name}"] = rifd.given_response if rifd else None
+            kept = _kept_scores(self.original.ifd, self.original.rifd)
+            return {"reflection_outcome": self.outcome, "error": str(self.error), **kept}
+        scores: dict[str, float | None] = {}
+        for name, version in _VERSIONS.items():
+            if version in self.versions:
+                scores |= _scores(name, self.versions[version].ifd, self.versions[version].rifd)
         return {
             "reflection_outcome": self.outcome,
             "reflection_instruction_result": self.instruction_result,
             "reflection_response_result": self.response_result,
             **scores,
+            **_scores("effective", self.current.ifd, self.current.rifd),
             **_tokens(self.usage),
         }
 
@@ -200,11 +198,15 @@ class ReflectedConversation:
     def values(self, teacher: str) -> dict[str, Any]:
         """The added columns: those of the last exchange, but for what the row has in all."""
         last = self.done[-1]
+        tokens = _tokens(reduce(added_usage, [row.usage for row in self.done]))
         if self.unanswered is not None:
             return {
                 "reflection_outcome": "failed",
                 "reflection_status": f"failed: {self.unanswered}",
+                "reflection_teacher": teacher,
                 "answer_effective": self.answer,
+                **self._incoming_scores(),
+                **tokens,
             }
         made = last.values() | {
             "reflection_outcome": self._outcome(),
@@ -216,11 +218,19 @@ class ReflectedConversation:
             "messages_reflected": self.messages if self.changed else None,
             "reflection_status": OK,
             "reflection_teacher": teacher,
-            **_tokens(reduce(added_usage, [row.usage for row in self.done])),
+            **tokens,
             "reflection_exchanges": [
                 {_bare(name): value for name, value in row.values().items()} for row in self.done
             ],
         }
+
+    def _incoming_scores(self) -> dict[str, float | None]:
+        """Scores of the last exchange after the turns that came in, as far as they are known."""
+        *earlier, last = self.done
+        reached = len(self.done) == len(self.ends)
+        if reached and all(row.standing == "none" for row in earlier):
+            return _kept_scores(last.original.ifd, last.original.rifd)
+        return _kept_scores(self.ifd, None)
 
     def _outcome(self) -> Outcome:
         if all(row.error for row in self.done):
@@ -288,8 +298,8 @@ def added_schema(settings: ReflectionSettings) -> pa.Schema:
             for kind in kinds
             for version in (*_VERSIONS, "effective")
         ),
-        pa.field("teacher_prompt_tokens", pa.int32()),
-        pa.field("teacher_tokens", pa.int32()),
+        pa.field("teacher_prompt_tokens", pa.int64()),
+        pa.field("teacher_tokens", pa.int64()),
     ]
     labels = (
         "reflection_outcome",
@@ -328,6 +338,21 @@ def added_usage(first: Usage | None, second: Usage | None) -> Usage | None:
         first.prompt_tokens + second.prompt_tokens,
         first.generated_tokens + second.generated_tokens,
     )
+
+
+def _scores(
+    name: str, ifd: ResponseLoss | None, rifd: InstructionLoss | None
+) -> dict[str, float | None]:
+    return {
+        f"ifd_{name}": ifd.ifd if ifd else None,
+        f"rifd_{name}": rifd.rifd if rifd else None,
+        f"reverse_loss_{name}": rifd.given_response if rifd else None,
+    }
+
+
+def _kept_scores(ifd: ResponseLoss | None, rifd: InstructionLoss | None) -> dict[str, float | None]:
+    """Scores where nothing has changed: the text that came in is the one that stands."""
+    return _scores("before", ifd, rifd) | _scores("effective", ifd, rifd)
 
 
 def _tokens(usage: Usage | None) -> dict[str, int | None]:

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from stages.base import UNSEEN, Columns, EngineSpec
-from stages.difficulty.losses import ResponseLoss
+from stages.difficulty.losses import ResponseLoss, reverse_prompt_digest
 from stages.difficulty.settings import DifficultySettings
 from stages.engines.model_files import cached_tokenizer
 from stages.engines.settings import ModelSettings
@@ -43,7 +43,7 @@ class ReflectionStage:
     """Adds rewritten messages, the student's verdicts, and the scores of the text that stands."""
 
     name = "reflection"
-    version = 2
+    version = 3
     on_targets = False
     settings: ReflectionSettings
 
@@ -112,8 +112,8 @@ class ReflectionStage:
         return (*found, UNSEEN) if self._contamination else found
 
     def file_contents(self) -> Mapping[str, str]:
-        """The prompts count by their texts, wherever their file lies."""
-        return {"prompts": self._prompts.digest}
+        """The prompts count by their texts, wherever their file lies, the student's among them."""
+        return {"prompts": self._prompts.digest, "reverse_prompt": reverse_prompt_digest()}
 
     async def process(
         self, rows: pa.Table, engines: Mapping[str, Any], artifacts: Mapping[str, Store]
