@@ -174,6 +174,22 @@ def test_restart_from_a_row_stage_redoes_it_and_what_reads_it(recipe: Any, execu
     assert done.kinds("difficulty") == ["kept"]
 
 
+def test_interrupted_restart_said_again_keeps_what_it_computed(recipe: Any, execute: Any) -> None:
+    execute()
+    recipe.value["reflection"]["temperature"] = 0.5
+    execute("reflection", restart_from="reflection")
+    folder = recipe.run_folder / "reflection"
+    (folder / "manifest.json").unlink()
+    lost = folder / "part-00001.parquet"
+    rows = pq.read_metadata(lost).num_rows
+    lost.unlink()
+    again = execute(restart_from="reflection")
+    counts = [event.total for event in again.events if event.stage == "reflection"]
+    assert manifest(recipe.run_folder, "reflection")["rows_computed"] == rows, counts
+    execute(restart_from="reflection")
+    assert manifest(recipe.run_folder, "reflection")["rows_computed"] == 19
+
+
 def test_generations_outlive_a_restart_in_the_cache(recipe: Any, execute: Any) -> None:
     execute()
     done = execute(restart_from="reflection")

@@ -2,8 +2,7 @@
 
 Every task runs `tamis stage`, which does what is missing and nothing else, so that a task may be
 retried or cleared at any time. `plan` checks the recipe and says which stages it has; the others
-are skipped. A recipe with a stage of another package (`stages.NAME`) has no task for it here: `plan`
-fails and names it.
+are skipped. A stage of another package (`stages.NAME`) has no task here: `plan` fails and names it.
 
 The defaults of the params and the schedule are taken from the environment of the DAG processor:
 TAMIS_RECIPE, TAMIS_RUN and TAMIS_SCHEDULE. A schedule needs both params.

@@ -122,7 +122,7 @@ class RayJobs:
                     await asyncio.sleep(0.5)
         except TimeoutError as error:
             raise Unanswered(
-                f"job {job_id} was asked to stop and still runs after {_STOP_S:.0f} s; stop it with "
+                f"job {job_id} was asked to stop and still runs after {_STOP_S:.0f} s; stop it by "
                 f"`ray job stop {job_id} --address {self._address}`"
             ) from error
 
@@ -135,8 +135,8 @@ class RayJobs:
         if not isinstance(value, Mapping):
             raise Refused(
                 f"{self._address} is no Ray dashboard: it answers {reply.request.url.path} with "
-                f"status {reply.status_code} and no JSON object; correct the host of the connection "
-                f"{self._conn_id}"
+                f"status {reply.status_code} and no JSON object; correct the host of the "
+                f"connection {self._conn_id}"
             )
         return value
 

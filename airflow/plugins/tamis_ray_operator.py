@@ -29,9 +29,9 @@ _TAIL = 30
 class TamisOperator(BaseOperator):
     """Runs a tamis command as a job of a Ray cluster.
 
-    The job's id is a function of DAG, run, task and command, so that a task that is tried again finds its
-    job again. The command is given `--json`: its last line says what was done, and is this task's
-    XCom, together with its fields under their names.
+    The job's id is a function of DAG, run, task and command, so that a task that is tried again
+    finds its job again. The command is given `--json`: its last line says what was done, and is
+    this task's XCom, together with its fields under their names.
     """
 
     template_fields: Sequence[str] = ("command", "runtime_env")
@@ -168,8 +168,8 @@ def refuse_unknown(named: Sequence[str], stages: Collection[str]) -> None:
     """
     if unknown := [stage for stage in named if stage not in stages]:
         raise AirflowFailException(
-            f"the recipe has stages that this DAG has no task for: {', '.join(unknown)}; add them to "
-            "STAGES in the DAG's file, in the order of `tamis plan`, or run it by `tamis submit`"
+            f"the recipe has stages that this DAG has no task for: {', '.join(unknown)}; add them "
+            "to STAGES in the DAG's file, in the order of `tamis plan`, or run it by `tamis submit`"
         )
 
 

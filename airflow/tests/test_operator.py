@@ -17,8 +17,8 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "airflow/plugins"))
 
-import tamis_ray_hook as hook  # noqa: E402
-from tamis_ray_operator import (  # noqa: E402
+import tamis_ray_hook as hook
+from tamis_ray_operator import (
     TamisOperator,
     job_id_of,
     last_json,
