@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -176,6 +177,32 @@ def test_sigterm_reaches_a_process_that_is_deep_in_a_library(tmp_path: Path) -> 
     assert time.monotonic() - asked < 2
     assert not (tmp_path / "lock.json").exists()
     assert "goes on from here" in process.stderr.read()
+
+
+def test_sigterm_ends_a_process_whose_output_nobody_reads(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(write, b"x" * 4096)
+    os.set_blocking(write, True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUSY, str(tmp_path)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=write,
+        text=True,
+    )
+    os.close(write)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "locked\n"
+    process.send_signal(signal.SIGTERM)
+    try:
+        assert process.wait(5) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+        os.close(read)
+    assert not (tmp_path / "lock.json").exists()
 
 
 def wait_for(condition: Any, seconds: float = 120.0) -> None:
