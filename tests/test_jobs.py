@@ -11,14 +11,20 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from ray_cluster import free_ports, ray_cluster
+from typer.testing import CliRunner
+
+from pipeline.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -170,6 +176,8 @@ def test_sigterm_reaches_a_process_that_is_deep_in_a_library(tmp_path: Path) -> 
     assert process.stdout is not None
     assert process.stderr is not None
     assert process.stdout.readline() == "locked\n"
+    before = psutil.Process(process.pid).cpu_times().user
+    wait_for(lambda: psutil.Process(process.pid).cpu_times().user > before + 0.2)
     assert (tmp_path / "lock.json").exists()
     asked = time.monotonic()
     process.send_signal(signal.SIGTERM)
@@ -196,6 +204,8 @@ def test_sigterm_ends_a_process_whose_output_nobody_reads(tmp_path: Path) -> Non
     os.close(write)
     assert process.stdout is not None
     assert process.stdout.readline() == "locked\n"
+    before = psutil.Process(process.pid).cpu_times().user
+    wait_for(lambda: psutil.Process(process.pid).cpu_times().user > before + 0.2)
     process.send_signal(signal.SIGTERM)
     try:
         assert process.wait(5) == 128 + signal.SIGTERM
@@ -341,3 +351,28 @@ def test_sigterm_ends_within_two_seconds_with_finished_shards_committed(
     assert again.returncode == 0, again.stderr
     assert "1 already there" in again.stderr
     assert part.stat().st_mtime_ns == committed
+
+
+def test_what_is_no_dashboard_is_said_in_one_line() -> None:
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>hello</html>")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Page)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        for address, said in (
+            ("http://head:abc", "is no URL"),
+            (f"http://127.0.0.1:{server.server_port}", "is no Ray dashboard"),
+        ):
+            done = CliRunner().invoke(app, ["job", "status", "x", "--address", address])
+            assert done.exit_code == 2
+            assert said in done.stderr
+    finally:
+        server.shutdown()
+        server.server_close()
