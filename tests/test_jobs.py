@@ -246,19 +246,19 @@ def test_job_is_found_again_stopped_gone_on_with_and_done(guarded: str, recipe: 
     client = subprocess.Popen(
         command("submit", str(recipe.path), *address),
         cwd=ROOT,
-        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
         env=environment(**known),
     )
-    assert client.stderr is not None
-    first = client.stderr.readline()
+    assert client.stdout is not None
+    first = client.stdout.readline()
     found = re.match(r"job (\S+): submitted", first)
-    assert found, first + client.stderr.read()
+    assert found, first + client.stdout.read()
     job = found.group(1)
     client.kill()
     client.wait()
     again = tamis("submit", str(recipe.path), "--detach", *address, **known)
-    assert again.stderr == f"job {job}: already under way\n"
+    assert again.stdout == f"job {job}: already under way\n"
 
     part = recipe.run_folder / "difficulty" / "part-00000.parquet"
     wait_for(part.exists)
@@ -268,16 +268,16 @@ def test_job_is_found_again_stopped_gone_on_with_and_done(guarded: str, recipe: 
     assert time.monotonic() - asked < 10
     assert not (recipe.run_folder / "lock.json").exists()
     assert not (recipe.run_folder / "difficulty" / "manifest.json").exists()
-    assert "stopped" in tamis("job", "status", job, *address, **known).stderr
+    assert "stopped" in tamis("job", "status", job, *address, **known).stdout
     committed = part.stat().st_mtime_ns
 
     done = tamis("submit", str(recipe.path), *address, **known)
     assert done.returncode == 0, done.stderr + done.stdout
-    assert done.stderr.startswith(f"job {job}: submitted")
+    assert done.stdout.startswith(f"job {job}: submitted")
     assert "already there" in done.stdout
     assert part.stat().st_mtime_ns == committed
     kept = tamis("submit", str(recipe.path), *address, **known)
-    assert "nothing to do" in kept.stderr
+    assert "nothing to do" in kept.stdout
     assert kept.returncode == 0
     (recipe.run_folder / "dataset" / "manifest.json").unlink()
     assert tamis("submit", str(recipe.path), *address, **known).returncode == 0
@@ -285,7 +285,7 @@ def test_job_is_found_again_stopped_gone_on_with_and_done(guarded: str, recipe: 
     assert "data set:" in tamis("job", "logs", job, *address, **known).stdout
     recipe.write_rows("apples", 0, 12)
     more = tamis("submit", str(recipe.path), *address, **known)
-    assert more.stderr.startswith(f"job {job}: submitted")
+    assert more.stdout.startswith(f"job {job}: submitted")
     manifest = json.loads((recipe.run_folder / "ingest" / "manifest.json").read_text())
     assert manifest["rows"] == 21
 
