@@ -1,7 +1,7 @@
 """The `tamis` command.
 
-Exit status: 0 done, 1 the run failed, 2 the config is wrong (or the directory is busy),
-130 interrupted.
+Exit status: 0 done, 1 the run failed, 2 the config is wrong, 75 another process works in the run
+directory, 130 interrupted, 143 ended by SIGTERM.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from stages.errors import ConfigError, RunBusy, TamisError
 
 app = typer.Typer(
     help="Curate instruction-tuning data: score, rewrite, select, mix, emit.",
+    epilog="Exit status: 0 done, 1 the run failed, 2 the recipe is wrong, 75 another process works "
+    "in the directory, 130 interrupted, 143 ended by SIGTERM.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -361,7 +363,9 @@ def _guarded(action: Callable[[], None], debug: bool) -> None:
     except TamisError as error:
         if debug:
             raise
-        wrong = isinstance(error, ConfigError | RunBusy)
+        if isinstance(error, RunBusy):
+            _exit(f"busy: {error}", os.EX_TEMPFAIL)
+        wrong = isinstance(error, ConfigError)
         _exit(f"{'config' if wrong else 'failed'}: {error}", 2 if wrong else 1)
     except KeyboardInterrupt:
         # An engine call can't be cancelled and may take minutes; all that counts is committed.

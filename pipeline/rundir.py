@@ -7,6 +7,7 @@ a manifest is unfinished, and its committed shards count.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import socket
 import threading
@@ -17,6 +18,7 @@ from functools import partial, reduce
 from itertools import accumulate
 from typing import Any, TypeVar
 
+import psutil
 import pyarrow as pa
 
 from pipeline.flow import FOLDERS, ORDER, ROW_STAGES, folder_of, with_extensions
@@ -32,6 +34,8 @@ MANIFEST = "manifest.json"
 IDENTITY = "identity.json"
 _HEARTBEAT_S = 10.0
 _STALE_S = 60.0
+_WRITTEN_S = 1.0
+_SAME_START_S = 2.0
 _RELEASE_S = 1.0
 """At SIGTERM, a heartbeat that takes longer to write isn't waited for."""
 
@@ -254,11 +258,14 @@ class RunLock:
             ConfigError: the directory can't be written.
         """
         while not self._created():
-            holder = _json(self._run, "lock.json") or {}
+            holder = self._holder()
+            if holder is None:
+                continue
             if _is_alive(holder):
                 raise RunBusy(
                     f"{self._run.url} is in use by process {holder.get('pid')} on "
-                    f"{holder.get('host')}; wait for it, or use another run directory"
+                    f"{holder.get('host')}; wait for it, or use another run directory. If no such "
+                    f"process of tamis runs there, remove {self._run.path('lock.json')}"
                 )
             self._run.remove("lock.json")
         self._thread = threading.Thread(target=self._beat, daemon=True)
@@ -277,6 +284,20 @@ class RunLock:
             self._thread.join(wait_s)
         self._run.remove("lock.json")
 
+    def _holder(self) -> dict[str, Any] | None:
+        """What the lock says of its holder: nothing where it was never written, None if it's gone.
+
+        A lock that was created a moment ago is still empty.
+        """
+        end = time.monotonic() + _WRITTEN_S
+        while True:
+            try:
+                return _json(self._run, "lock.json")
+            except ValueError:
+                if time.monotonic() > end:
+                    return {}
+            time.sleep(0.02)
+
     def _created(self) -> bool:
         try:
             return self._run.create("lock.json", self._note())
@@ -291,25 +312,39 @@ class RunLock:
             self._run.write_bytes("lock.json", self._note())
 
     def _note(self) -> bytes:
-        pid, host = os.getpid(), socket.gethostname()
-        return f'{{"pid": {pid}, "host": "{host}", "beat": {time.time():.0f}}}\n'.encode()
+        note = {
+            "pid": os.getpid(),
+            "started": psutil.Process().create_time(),
+            "host": socket.gethostname(),
+            "beat": round(time.time()),
+        }
+        return f"{json.dumps(note)}\n".encode()
 
 
 def _is_alive(holder: Mapping[str, Any]) -> bool:
     """Whether the lock's holder still runs: its process on this machine, else its heartbeat."""
-    if holder.get("host") == socket.gethostname():
-        try:
-            os.kill(int(holder.get("pid", 0)), 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:
-            return True
-        return int(holder.get("pid", 0)) != 0
-    return time.time() - float(holder.get("beat", 0)) < _STALE_S
+    beats = time.time() - float(holder.get("beat", 0)) < _STALE_S
+    if holder.get("host") != socket.gethostname():
+        return beats
+    pid = int(holder["pid"])
+    try:
+        started = psutil.Process(pid).create_time()
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True
+    if abs(started - float(holder.get("started", started))) < _SAME_START_S:
+        return True
+    # Another process of that id, or the same after the clock was set: then it still beats.
+    return beats and pid != os.getpid()
 
 
 def _json(run: Store, name: str) -> dict[str, Any] | None:
     if not run.exists(name):
         return None
-    value: dict[str, Any] = run.read_json(name)
+    try:
+        value: dict[str, Any] = run.read_json(name)
+    except FileNotFoundError:
+        # Another process has removed it since.
+        return None
     return value

@@ -159,7 +159,8 @@ class Run:
         """Make the stages from `restart_from` on unfinished where they changed, or are named.
 
         Shards stay, to be reused where they still hold: after a larger `limit` only the new rows
-        are computed. Naming a stage that didn't change asks for all of it again.
+        are computed. Naming a stage that didn't change and is complete asks for all of it again;
+        one that was interrupted goes on, so that the same command can be said again.
         """
         if not self.restart_from:
             return
@@ -167,9 +168,11 @@ class Run:
         for stage in names[names.index(self.restart_from) :]:
             folder = self.store.child(folder_of(stage))
             changed = read_identity(self.store, stage) != self.identities[stage]
+            complete = folder.exists(MANIFEST)
             if changed or stage == self.restart_from:
                 folder.remove(MANIFEST)
-            if stage == self.restart_from and stage in self.flow.rows and not changed:
+            again = stage == self.restart_from and complete and not changed
+            if again and stage in self.flow.rows:
                 for inner in ("", "targets/"):
                     for part in parts(self.store, f"{folder_of(stage)}/{inner}".rstrip("/")):
                         folder.remove(f"{inner}{part}")

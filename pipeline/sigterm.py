@@ -16,6 +16,7 @@ AT_END: dict[object, Callable[[], None]] = {}
 """By owner, what is still to be done before the process ends, in a second at most."""
 
 EXIT_STATUS = 128 + signal.SIGTERM
+_AT_LATEST_S = 1.5
 
 
 def end_at_sigterm() -> None:
@@ -36,6 +37,10 @@ def end_at_sigterm() -> None:
 def _wait(read: int) -> None:
     while signal.SIGTERM not in os.read(read, 64):
         pass
+    # Whoever should read stderr, or the storage of a lock, may block for ever.
+    last = threading.Timer(_AT_LATEST_S, os._exit, [EXIT_STATUS])
+    last.daemon = True
+    last.start()
     try:
         for call in list(AT_END.values()):
             call()

@@ -5,7 +5,7 @@ TamisError
 ├── StageError      the run stops; finished shards stay committed (exit status 1)
 │   ├── EngineError a model cannot be opened, placed or used
 │   └── BudgetSpent a declared budget is used up; run again with a larger one to go on
-├── RunBusy         another process works in the run directory (exit status 2)
+├── RunBusy         another process works in the run directory (exit status 75: try again later)
 └── RowError        one row cannot be processed: null columns and a status, never a stopped run
 
 Messages say what, where, and what to do. Errors of other libraries are mapped where they enter,

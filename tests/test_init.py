@@ -79,7 +79,7 @@ def test_counts_are_those_of_ingest(write: Callable[..., Config], tmp_path: Path
     report = json.loads((tmp_path / "run/ingest/manifest.json").read_text())["report"]
     text = (tmp_path / "made/mine.yaml").read_text()
     for name, counts in report["sources"].items():
-        assert f"- name: {name} " in text
+        assert f'- name: "{name}" ' in text
         assert f"# {counts['in']} records, {counts['kept']} rows" in text
 
 
@@ -175,3 +175,29 @@ def test_a_recipe_that_is_there_stays(tmp_path: Path, rows_of: Any) -> None:
     assert output.read_text() == "name: edited\n"
     assert CliRunner().invoke(app, [*arguments, "--force"]).exit_code == 0
     assert read_config(str(output)).sources[0].name == "apples"
+
+
+@pytest.mark.parametrize("name", ["2024-05-01", "2024", "true", "null", "1e3", "_mine", "-"])
+def test_names_that_yaml_would_read_otherwise_stay_names(tmp_path: Path, name: str) -> None:
+    record = {"question": "What is an apple?", "answer": "A fruit."}
+    path = lines_of(tmp_path / f"{name}.jsonl", [record])
+    goal = lines_of(tmp_path / f"{name}-goal.jsonl", [{**record, "question": "And a pear, then?"}])
+    output = tmp_path / f"{name}.yaml"
+    text = recipe_text([path], [goal], str(output), CPU, Choices(), Store(str(tmp_path / "s")))
+    output.write_text(text)
+    check(yaml.safe_load(text))
+    config = read_config(str(output))
+    assert name.strip("-_") in config.name
+    assert [name.strip("-_") in source.name for source in config.sources] == [True]
+    assert config.execution.run.endswith(f"runs/{config.name}")
+
+
+def test_terms_of_a_teacher_that_is_named_are_left_to_the_user(
+    write: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = Machine(8, 64.0, (80.0,))
+    monkeypatch.setattr(models, "find_spec", lambda _: True)
+    files = [str(QUICKSTART / "facts.csv")]
+    assert write(files, machine=gpu).models["teacher"].terms == "apache-2.0"
+    named = write(files, machine=gpu, choices=Choices(teacher="someone/else-7b"))
+    assert named.models["teacher"].terms != "apache-2.0"

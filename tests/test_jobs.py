@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -10,14 +11,20 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from ray_cluster import free_ports, ray_cluster
+from typer.testing import CliRunner
+
+from pipeline.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -169,6 +176,8 @@ def test_sigterm_reaches_a_process_that_is_deep_in_a_library(tmp_path: Path) -> 
     assert process.stdout is not None
     assert process.stderr is not None
     assert process.stdout.readline() == "locked\n"
+    before = psutil.Process(process.pid).cpu_times().user
+    wait_for(lambda: psutil.Process(process.pid).cpu_times().user > before + 0.2)
     assert (tmp_path / "lock.json").exists()
     asked = time.monotonic()
     process.send_signal(signal.SIGTERM)
@@ -176,6 +185,34 @@ def test_sigterm_reaches_a_process_that_is_deep_in_a_library(tmp_path: Path) -> 
     assert time.monotonic() - asked < 2
     assert not (tmp_path / "lock.json").exists()
     assert "goes on from here" in process.stderr.read()
+
+
+def test_sigterm_ends_a_process_whose_output_nobody_reads(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(write, b"x" * 4096)
+    os.set_blocking(write, True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUSY, str(tmp_path)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=write,
+        text=True,
+    )
+    os.close(write)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "locked\n"
+    before = psutil.Process(process.pid).cpu_times().user
+    wait_for(lambda: psutil.Process(process.pid).cpu_times().user > before + 0.2)
+    process.send_signal(signal.SIGTERM)
+    try:
+        assert process.wait(5) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+        os.close(read)
+    assert not (tmp_path / "lock.json").exists()
 
 
 def wait_for(condition: Any, seconds: float = 120.0) -> None:
@@ -209,19 +246,19 @@ def test_job_is_found_again_stopped_gone_on_with_and_done(guarded: str, recipe: 
     client = subprocess.Popen(
         command("submit", str(recipe.path), *address),
         cwd=ROOT,
-        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
         env=environment(**known),
     )
-    assert client.stderr is not None
-    first = client.stderr.readline()
+    assert client.stdout is not None
+    first = client.stdout.readline()
     found = re.match(r"job (\S+): submitted", first)
-    assert found, first + client.stderr.read()
+    assert found, first + client.stdout.read()
     job = found.group(1)
     client.kill()
     client.wait()
     again = tamis("submit", str(recipe.path), "--detach", *address, **known)
-    assert again.stderr == f"job {job}: already under way\n"
+    assert again.stdout == f"job {job}: already under way\n"
 
     part = recipe.run_folder / "difficulty" / "part-00000.parquet"
     wait_for(part.exists)
@@ -231,16 +268,16 @@ def test_job_is_found_again_stopped_gone_on_with_and_done(guarded: str, recipe: 
     assert time.monotonic() - asked < 10
     assert not (recipe.run_folder / "lock.json").exists()
     assert not (recipe.run_folder / "difficulty" / "manifest.json").exists()
-    assert "stopped" in tamis("job", "status", job, *address, **known).stderr
+    assert "stopped" in tamis("job", "status", job, *address, **known).stdout
     committed = part.stat().st_mtime_ns
 
     done = tamis("submit", str(recipe.path), *address, **known)
     assert done.returncode == 0, done.stderr + done.stdout
-    assert done.stderr.startswith(f"job {job}: submitted")
+    assert done.stdout.startswith(f"job {job}: submitted")
     assert "already there" in done.stdout
     assert part.stat().st_mtime_ns == committed
     kept = tamis("submit", str(recipe.path), *address, **known)
-    assert "nothing to do" in kept.stderr
+    assert "nothing to do" in kept.stdout
     assert kept.returncode == 0
     (recipe.run_folder / "dataset" / "manifest.json").unlink()
     assert tamis("submit", str(recipe.path), *address, **known).returncode == 0
@@ -248,7 +285,7 @@ def test_job_is_found_again_stopped_gone_on_with_and_done(guarded: str, recipe: 
     assert "data set:" in tamis("job", "logs", job, *address, **known).stdout
     recipe.write_rows("apples", 0, 12)
     more = tamis("submit", str(recipe.path), *address, **known)
-    assert more.stderr.startswith(f"job {job}: submitted")
+    assert more.stdout.startswith(f"job {job}: submitted")
     manifest = json.loads((recipe.run_folder / "ingest" / "manifest.json").read_text())
     assert manifest["rows"] == 21
 
@@ -314,3 +351,28 @@ def test_sigterm_ends_within_two_seconds_with_finished_shards_committed(
     assert again.returncode == 0, again.stderr
     assert "1 already there" in again.stderr
     assert part.stat().st_mtime_ns == committed
+
+
+def test_what_is_no_dashboard_is_said_in_one_line() -> None:
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>hello</html>")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Page)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        for address, said in (
+            ("http://head:abc", "is no URL"),
+            (f"http://127.0.0.1:{server.server_port}", "is no Ray dashboard"),
+        ):
+            done = CliRunner().invoke(app, ["job", "status", "x", "--address", address])
+            assert done.exit_code == 2
+            assert said in done.stderr
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
+from pipeline.cli import app
 from pipeline.config import read_config
 from pipeline.plan import plan_of
 from pipeline.rundir import RunLock
@@ -174,6 +177,22 @@ def test_restart_from_a_row_stage_redoes_it_and_what_reads_it(recipe: Any, execu
     assert done.kinds("difficulty") == ["kept"]
 
 
+def test_interrupted_restart_said_again_keeps_what_it_computed(recipe: Any, execute: Any) -> None:
+    execute()
+    recipe.value["reflection"]["temperature"] = 0.5
+    execute("reflection", restart_from="reflection")
+    folder = recipe.run_folder / "reflection"
+    (folder / "manifest.json").unlink()
+    lost = folder / "part-00001.parquet"
+    rows = pq.read_metadata(lost).num_rows
+    lost.unlink()
+    again = execute(restart_from="reflection")
+    counts = [event.total for event in again.events if event.stage == "reflection"]
+    assert manifest(recipe.run_folder, "reflection")["rows_computed"] == rows, counts
+    execute(restart_from="reflection")
+    assert manifest(recipe.run_folder, "reflection")["rows_computed"] == 19
+
+
 def test_generations_outlive_a_restart_in_the_cache(recipe: Any, execute: Any) -> None:
     execute()
     done = execute(restart_from="reflection")
@@ -216,6 +235,39 @@ def test_second_process_is_kept_out_and_a_dead_one_is_not(recipe: Any, execute: 
     store.write_bytes("lock.json", f'{{"pid": {ended.pid}, "host": {host}, "beat": 0}}'.encode())
     execute()
     assert not store.exists("lock.json")
+
+
+def test_lock_of_another_process_of_that_number_is_taken_over(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    with RunLock(store):
+        live = store.read_json("lock.json")
+    for change, taken in (
+        ({}, False),
+        ({"started": live["started"] - 900}, True),
+        ({"pid": os.getppid(), "started": 1.0}, False),
+        ({"pid": os.getppid(), "started": 1.0, "beat": live["beat"] - 900}, True),
+    ):
+        store.write_json("lock.json", live | change)
+        if taken:
+            with RunLock(store):
+                assert store.read_json("lock.json")["pid"] == os.getpid()
+        else:
+            with pytest.raises(RunBusy, match=re.escape(store.path("lock.json"))), RunLock(store):
+                pass
+
+
+def test_lock_that_was_never_written_is_taken_over(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    store.write_bytes("lock.json", b"")
+    with RunLock(store):
+        assert store.read_json("lock.json")["pid"] == os.getpid()
+
+
+def test_busy_directory_has_an_exit_status_of_its_own(recipe: Any) -> None:
+    with RunLock(Store(str(recipe.run_folder))):
+        done = CliRunner().invoke(app, ["run", str(recipe.save())])
+    assert done.exit_code == 75
+    assert "in use by process" in done.stderr
 
 
 def test_verify_counts_and_hashes_again(recipe: Any, execute: Any) -> None:

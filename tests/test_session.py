@@ -290,3 +290,43 @@ def test_frames_keep_nulls_lists_and_numbers(session: Any, rows_of: Any) -> None
     assert str(frame["response_tokens"].dtype) == "int32[pyarrow]"
     assert frame["messages"][0][-1]["role"] == "assistant"
     assert session.embedding(frame).shape == (6, frame.shape[1] + 3)
+
+
+def test_second_ingest_forgets_neither_anchors_nor_what_must_stay_unseen(
+    session: Any, rows_of: Any
+) -> None:
+    mine = session.ingest(
+        {"mine": {"data": rows_of("apples", 0, 6), "role": "anchor"}},
+        {"goals": rows_of("plums", 0, 4)},
+        contamination={"ngram": 5, "short": 3},
+    ).rows
+    pool = session.ingest(
+        {"pool": rows_of("pears", 0, 6)},
+        contamination={"sets": [], "ngram": 9},
+    ).rows
+    emitted = session.emission(session.selection([*mine, *pool])).rows
+    assert {row["source"] for row in emitted} == {"pool"}
+    rows = session.reflection(pool, reply="whole", max_new_tokens=32)
+    assert len(rows) == 6
+
+    leak = session.ingest({"others": rows_of("plums", 4, 8)}, {"more": rows_of("apples", 8, 9)})
+    assert leak.rows
+    folder = session._unseen_rows
+    tables = [folder.read_table(name) for name in folder.names()]
+    unseen = pa.concat_tables(tables)["source"].to_pylist()
+    assert sorted(unseen) == ["goals"] * 4 + ["more"]
+    assert (session._unseen.ngram, session._unseen.short) == (5, 3)
+
+
+def test_lone_surrogate_is_one_rejected_row(session: Any, rows_of: Any) -> None:
+    records = [*rows_of("apples", 0, 3), {"question": "What is \ud800?", "answer": "Äpfel"}]
+    found = session.ingest({"apples": {"data": records, "max_reject_rate": 1}})
+    assert len(found.rows) == 3
+    assert [row["reason"].partition(":")[0] for row in found.rejects] == ["invalid_unicode"]
+    with pytest.raises(ConfigError, match="lone surrogate"):
+        session.ingest({"apples": pd.DataFrame(records, dtype=object)})
+
+
+def test_source_in_memory_is_never_taken_for_a_published_file(session: Any, rows_of: Any) -> None:
+    rows = session.ingest({"mbpp": rows_of("apples", 0, 3)}).rows
+    assert [row["license"] for row in rows] == [None] * 3

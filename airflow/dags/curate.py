@@ -2,7 +2,7 @@
 
 Every task runs `tamis stage`, which does what is missing and nothing else, so that a task may be
 retried or cleared at any time. `plan` checks the recipe and says which stages it has; the others
-are skipped.
+are skipped. A stage of another package (`stages.NAME`) has no task here: `plan` fails and names it.
 
 The defaults of the params and the schedule are taken from the environment of the DAG processor:
 TAMIS_RECIPE, TAMIS_RUN and TAMIS_SCHEDULE. A schedule needs both params.
@@ -31,8 +31,14 @@ STAGES = {
     "dictionary": "gpu",
     "prototypes": "gpu",
     "features": "gpu",
+    "concepts": "gpu",
     "embedding": "gpu",
+    "baseline_targets": "gpu",
+    "baselines": "gpu",
+    "potentials": "cpu",
+    "valuation": "cpu",
     "selection": "cpu",
+    "explanation": "gpu",
     "mixture": "cpu",
     "emission": "cpu",
 }
@@ -65,7 +71,7 @@ with DAG(
     tags=["tamis"],
 ) as dag:
     recipe = ["{{ params.recipe }}", "--set", "execution.run={{ params.run }}"]
-    plan = TamisOperator(task_id="plan", command=["plan", *recipe])
+    plan = TamisOperator(task_id="plan", command=["plan", "--no-probe", *recipe], stages=STAGES)
     tasks = [
         TamisOperator(
             task_id=stage,

@@ -64,9 +64,9 @@ class RayJobs:
         reply = await self._asked("GET", f"/api/jobs/{job_id}")
         if reply.status_code == httpx.codes.NOT_FOUND:
             return None
-        value = reply.json()
+        value = self._object(reply)
         message = str(value.get("message") or "")
-        return Job(value["status"], message, value.get("driver_exit_code"))
+        return Job(str(value.get("status")), message, value.get("driver_exit_code"))
 
     async def submit(
         self,
@@ -82,19 +82,25 @@ class RayJobs:
             "runtime_env": runtime_env,
             "metadata": metadata,
         }
-        async with asyncio.timeout(_STARTING_S):
-            while True:
-                try:
-                    await self._asked("POST", "/api/jobs/", body)
-                except Unanswered as error:
-                    # Ray has no status of its own for either.
-                    if "already exists" in str(error):
+        try:
+            async with asyncio.timeout(_STARTING_S):
+                while True:
+                    try:
+                        self._object(await self._asked("POST", "/api/jobs/", body))
+                    except Unanswered as error:
+                        # Ray has no status of its own for either.
+                        if "already exists" in str(error):
+                            return
+                        if "No available agent" not in str(error):
+                            raise
+                        await asyncio.sleep(1)
+                    else:
                         return
-                    if "No available agent" not in str(error):
-                        raise
-                    await asyncio.sleep(1)
-                else:
-                    return
+        except TimeoutError as error:
+            raise Unanswered(
+                f"{self._address} takes no job within {_STARTING_S:.0f} s; check the head's log "
+                "(dashboard_agent.log); a retry finds the job if it was taken after all"
+            ) from error
 
     async def delete(self, job_id: str) -> None:
         """Forget a job that has ended, so that its id is free."""
@@ -105,20 +111,45 @@ class RayJobs:
         reply = await self._asked("GET", f"/api/jobs/{job_id}/logs")
         if reply.status_code == httpx.codes.NOT_FOUND:
             return ""
-        return str(reply.json().get("logs") or "")
+        return str(self._object(reply).get("logs") or "")
 
     async def stop(self, job_id: str) -> None:
         """Stop a job, and wait until it has ended: SIGTERM, and seconds later SIGKILL."""
         await self._asked("POST", f"/api/jobs/{job_id}/stop")
-        async with asyncio.timeout(_STOP_S):
-            while (found := await self.job(job_id)) is not None and not found.is_over:
-                await asyncio.sleep(0.5)
+        try:
+            async with asyncio.timeout(_STOP_S):
+                while (found := await self.job(job_id)) is not None and not found.is_over:
+                    await asyncio.sleep(0.5)
+        except TimeoutError as error:
+            raise Unanswered(
+                f"job {job_id} was asked to stop and still runs after {_STOP_S:.0f} s; stop it by "
+                f"`ray job stop {job_id} --address {self._address}`"
+            ) from error
+
+    def _object(self, reply: httpx.Response) -> Mapping[str, Any]:
+        """The object that a reply holds."""
+        try:
+            value = reply.json() if reply.is_success else None
+        except ValueError:
+            value = None
+        if not isinstance(value, Mapping):
+            raise Refused(
+                f"{self._address} is no Ray dashboard: it answers {reply.request.url.path} with "
+                f"status {reply.status_code} and no JSON object; correct the host of the "
+                f"connection {self._conn_id}"
+            )
+        return value
 
     async def _asked(self, method: str, path: str, body: Any = None) -> httpx.Response:
         address = self._address
         try:
             async with httpx.AsyncClient(timeout=_TIMEOUT_S, headers=self._headers) as client:
                 reply = await client.request(method, address + path, json=body)
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+            raise Refused(
+                f"the host of the connection {self._conn_id} is no URL: {address} ({error}); give "
+                "the dashboard's address, such as http://head:8265"
+            ) from error
         except httpx.TransportError as error:
             raise Unanswered(
                 f"no Ray dashboard answers at {address} ({error}); check that the head runs and "

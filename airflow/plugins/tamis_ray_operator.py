@@ -8,7 +8,7 @@ import json
 import re
 import shlex
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -29,9 +29,9 @@ _TAIL = 30
 class TamisOperator(BaseOperator):
     """Runs a tamis command as a job of a Ray cluster.
 
-    The job's id is a function of DAG, run and task, so that a task that is tried again finds its
-    job again. The command is given `--json`: its last line says what was done, and is this task's
-    XCom, together with its fields under their names.
+    The job's id is a function of DAG, run, task and command, so that a task that is tried again
+    finds its job again. The command is given `--json`: its last line says what was done, and is
+    this task's XCom, together with its fields under their names.
     """
 
     template_fields: Sequence[str] = ("command", "runtime_env")
@@ -44,6 +44,7 @@ class TamisOperator(BaseOperator):
         conn_id: str = RayJobsHook.default_conn_name,
         runtime_env: Mapping[str, Any] | None = None,
         among: str | None = None,
+        stages: Collection[str] | None = None,
         python: str = "python",
         job_timeout: timedelta | None = timedelta(days=2),
         poll_s: float = 5.0,
@@ -56,16 +57,27 @@ class TamisOperator(BaseOperator):
             conn_id: connection of the cluster.
             runtime_env: Ray's, where the cluster has no tamis installed; URIs only.
             among: a task whose XCom `stages` must hold this task's id; else the task is skipped.
+            stages: all that the command's XCom `stages` may name, because the DAG has tasks for no
+                others; None where it names none.
             python: the interpreter on the cluster's head.
             job_timeout: after which the job is stopped and the task fails; None for never.
             poll_s: seconds between two looks at the job.
             arguments: of every operator.
+
+        Raises:
+            AirflowException: an `execution_timeout` is given.
         """
         super().__init__(**arguments)
+        if self.execution_timeout is not None:
+            raise AirflowException(
+                f"{self.task_id}: execution_timeout would end the wait and leave the job; give "
+                "job_timeout instead, which stops it"
+            )
         self.command = list(command)
         self.conn_id = conn_id
         self.runtime_env = dict(runtime_env or {})
         self.among = among
+        self.stages = None if stages is None else list(stages)
         self.python = python
         self.job_timeout = job_timeout
         self.poll_s = poll_s
@@ -83,21 +95,21 @@ class TamisOperator(BaseOperator):
             stages = ti.xcom_pull(task_ids=self.among, key="stages")
             if self.task_id not in stages:
                 raise AirflowSkipException(f"the recipe has no section {self.task_id}")
-        self._job_id = job_id_of(ti)
-        self._answer(lambda jobs: self._submitted(jobs, job_id_of(ti)))
+        job_id = self._job_id = job_id_of(ti, self.command)
+        self._answer(lambda jobs: self._submitted(jobs, job_id))
         deadline = time.time() + self.job_timeout.total_seconds() if self.job_timeout else None
-        trigger = RayJobTrigger(self.conn_id, self._job_id, deadline, self.poll_s)
-        self.defer(trigger=trigger, method_name="finish")
+        trigger = RayJobTrigger(self.conn_id, job_id, deadline, self.poll_s)
+        self.defer(trigger=trigger, method_name="finish", kwargs={"job_id": job_id})
 
-    def finish(self, context: Context, event: Mapping[str, str]) -> dict[str, Any]:
+    def finish(self, context: Context, event: Mapping[str, str], job_id: str) -> dict[str, Any]:
         """What the command says that it did.
 
         Raises:
-            AirflowFailException: the recipe is wrong, or the cluster refuses: never retried.
-            AirflowException: the job failed, was stopped, took too long or is lost: a retry goes on
-                from what is committed.
+            AirflowFailException: the recipe is wrong or has a stage that the DAG lacks, or the
+                cluster refuses: never retried.
+            AirflowException: the job failed, was stopped, took too long, is lost, or found the run
+                directory in use: a retry goes on from what is committed.
         """
-        job_id = job_id_of(context["ti"])
         if event["why"] == "refused":
             raise AirflowFailException(event["error"])
         if event["why"] == "lost":
@@ -113,6 +125,8 @@ class TamisOperator(BaseOperator):
         done = last_json(output)
         for stage in done.get("done", []):
             self.log.info("%s: %s", stage["stage"], stage["state"])
+        if self.stages is not None:
+            refuse_unknown(done["stages"], self.stages)
         for key, value in done.items():
             context["ti"].xcom_push(key=key, value=value)
         for outlet in self.outlets:
@@ -146,6 +160,19 @@ class TamisOperator(BaseOperator):
             raise AirflowFailException(str(error)) from error
 
 
+def refuse_unknown(named: Sequence[str], stages: Collection[str]) -> None:
+    """Refuse a recipe with a stage that the DAG would leave out.
+
+    Raises:
+        AirflowFailException: there is one.
+    """
+    if unknown := [stage for stage in named if stage not in stages]:
+        raise AirflowFailException(
+            f"the recipe has stages that this DAG has no task for: {', '.join(unknown)}; add them "
+            "to STAGES in the DAG's file, in the order of `tamis plan`, or run it by `tamis submit`"
+        )
+
+
 async def _ended(jobs: RayJobs, job_id: str) -> tuple[Job, str]:
     job = await jobs.job(job_id)
     if job is None:
@@ -153,9 +180,9 @@ async def _ended(jobs: RayJobs, job_id: str) -> tuple[Job, str]:
     return job, await jobs.logs(job_id)
 
 
-def job_id_of(ti: Any) -> str:
-    """Submission id of a task instance: the same for every try of it."""
-    key = json.dumps([ti.dag_id, ti.run_id, ti.task_id, ti.map_index])
+def job_id_of(ti: Any, command: Sequence[str]) -> str:
+    """Submission id of a task instance: the same for every try of it with the same command."""
+    key = json.dumps([ti.dag_id, ti.run_id, ti.task_id, ti.map_index, *command])
     digest = hashlib.sha256(key.encode()).hexdigest()[:12]
     return re.sub(r"[^A-Za-z0-9_-]+", "-", f"{ti.dag_id}-{ti.task_id}-{digest}")
 
@@ -168,6 +195,10 @@ def last_json(output: str) -> dict[str, Any]:
     """
     for line in reversed(output.splitlines()):
         if line.startswith("{") and line.endswith("}"):
-            value: dict[str, Any] = json.loads(line)
+            try:
+                value: dict[str, Any] = json.loads(line)
+            except json.JSONDecodeError:
+                # Any library may write a line in braces.
+                continue
             return value
     raise AirflowException("the driver's output has no line of JSON: is tamis too old there?")

@@ -56,14 +56,16 @@ def jobs(cluster: str) -> dict[str, str]:
     return {job["submission_id"]: job["status"] for job in listed}
 
 
-def executed(env: dict[str, str], conn_id: str, task: str, dag: str, run: str) -> str:
+def executed(
+    env: dict[str, str], conn_id: str, task: str, dag: str, run: str, command: list[str]
+) -> str:
     """What comes of a task that a worker starts, without waiting for it."""
     code = f"""
 import sys
 sys.path.insert(0, {str(ROOT / "airflow/plugins")!r})
 from types import SimpleNamespace
 from tamis_ray_operator import TamisOperator
-task = TamisOperator(task_id={task!r}, command=["plan", "x"], conn_id={conn_id!r})
+task = TamisOperator(task_id={task!r}, command={command!r}, conn_id={conn_id!r})
 ti = SimpleNamespace(dag_id={dag!r}, run_id={run!r}, task_id={task!r}, map_index=-1)
 try:
     task.execute({{"ti": ti}})
@@ -193,8 +195,9 @@ def test_killed_job_is_tried_again_and_goes_on_and_killed_task_stops_its_job(
     # A worker that is lost after it has submitted: the task is started anew.
     (driver,) = drivers(other)
     assert "RAISED TaskDeferred" in executed(
-        airflow_env, "ray_default", "difficulty", "curate", second
-    )
+        airflow_env, "ray_default", "difficulty", "curate", second,
+        ["stage", "difficulty", recipe, "--set", f"execution.run={other}"],
+    )  # fmt: skip
     assert jobs(cluster)[under_way] == "RUNNING"
     assert drivers(other) == [driver]
     place = f"/dags/curate/dagRuns/{second}/taskInstances/difficulty"
@@ -233,6 +236,6 @@ def test_wrong_recipe_fails_at_once_and_says_why(
 def test_cluster_that_refuses_or_is_down(
     airflow_env: dict[str, str], conn_id: str, kind: str, said: str
 ) -> None:
-    output = executed(airflow_env, conn_id, "plan", "curate", "some")
+    output = executed(airflow_env, conn_id, "plan", "curate", "some", ["plan", "x"])
     assert f"RAISED {kind}" in output
     assert said in output

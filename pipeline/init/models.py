@@ -27,7 +27,8 @@ class KnownModel:
 
 
 SMOLLM2 = KnownModel("HuggingFaceTB/SmolLM2-135M-Instruct", 0.135, 30)
-# All under Apache-2.0; those between, of 3 and 72 billion, aren't.
+CHAT_MODELS_TERMS = "apache-2.0"
+# All under these terms; those between, of 3 and 72 billion, aren't.
 CHAT_MODELS = (
     KnownModel("Qwen/Qwen2.5-0.5B-Instruct", 0.49, 24),
     KnownModel("Qwen/Qwen2.5-1.5B-Instruct", 1.54, 28),

@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline.init.machine import Machine
 from pipeline.init.models import (
+    CHAT_MODELS_TERMS,
     SMOLLM2,
     encoder_reference,
     proposed_student,
@@ -122,6 +123,7 @@ def recipe_text(
         targets=[_target_entry(goal, found, folder) for goal in goals],
         student=reference,
         teacher=choices.teacher or (teacher.reference if teacher else None),
+        teacher_terms=None if choices.teacher else CHAT_MODELS_TERMS,
         encoder=choices.encoder or encoder_reference(),
         max_length=max_length,
         fitting=_share_within(found.lengths, max_length * _CHARACTERS_PER_TOKEN),
@@ -148,7 +150,8 @@ def _named(kind: type[Any], paths: Sequence[str]) -> list[Any]:
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "recipe"
+    """A name that a source and a run may have."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-_") or "recipe"
 
 
 def _readable(source: Source) -> Source:

@@ -62,7 +62,7 @@ def submit(
                 "attached": f"job {done.id}: already under way",
                 "done": f"job {done.id}: nothing to do, {submission.manifest} is there",
             }
-            _line(said[done.state])
+            _print(said[done.state])
             if follow and done.state != "done":
                 _follow(client, done.id)
 
@@ -82,7 +82,7 @@ def status(job_id: JobId, address: Address, debug: Debug = False) -> None:
             found = client.job(job_id)
         if found is None:
             raise unknown_job(job_id)
-        _line(_told(found))
+        _print(_told(found))
 
     _guarded(act, debug)
 
@@ -152,6 +152,11 @@ def _told(found: Job) -> str:
     # Where its driver failed, Ray's message goes on with the driver's output.
     said = found.message.partition(", last available logs")[0].partition("\n")[0]
     return f"job {found.id}: {found.status.lower()}{status}; {said}"
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
 
 
 def _line(text: str) -> None:

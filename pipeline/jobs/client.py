@@ -68,11 +68,17 @@ class JobsClient:
             )
         self._address = address.rstrip("/")
         token = auth_token()
-        self._http = httpx.Client(
-            base_url=self._address,
-            timeout=_TIMEOUT_S,
-            headers={"Authorization": f"Bearer {token}"} if token else {},
-        )
+        try:
+            self._http = httpx.Client(
+                base_url=self._address,
+                timeout=_TIMEOUT_S,
+                headers={"Authorization": f"Bearer {token}"} if token else {},
+            )
+        except httpx.InvalidURL as error:
+            raise ConfigError(
+                f"--address {address} is no URL ({error}); give the address of the dashboard, such "
+                "as http://head:8265"
+            ) from error
 
     def __enter__(self) -> JobsClient:
         """The client itself."""
@@ -89,7 +95,7 @@ class JobsClient:
             TamisError: the cluster doesn't answer, or refuses.
         """
         reply = self._asked("GET", f"/api/jobs/{job_id}", missing=True)
-        return None if reply.status_code == httpx.codes.NOT_FOUND else _job(reply.json())
+        return None if reply.status_code == httpx.codes.NOT_FOUND else _job(self._object(reply))
 
     def submit(
         self,
@@ -112,7 +118,7 @@ class JobsClient:
         end = time.monotonic() + _STARTING_S
         while True:
             try:
-                self._asked("POST", "/api/jobs/", json=body)
+                self._object(self._asked("POST", "/api/jobs/", json=body))
             except Unanswered as error:
                 # Ray has no status of its own for either.
                 if "already exists" in str(error):
@@ -148,7 +154,7 @@ class JobsClient:
         reply = self._asked("GET", f"/api/jobs/{job_id}/logs", missing=True)
         if reply.status_code == httpx.codes.NOT_FOUND:
             return ""
-        return str(reply.json().get("logs") or "")
+        return str(self._object(reply).get("logs") or "")
 
     def put_package(self, name: str, data: bytes) -> str:
         """Upload a package unless it is there; the URI that a runtime environment names it by.
@@ -160,6 +166,23 @@ class JobsClient:
         if self._asked("GET", place, missing=True).status_code == httpx.codes.NOT_FOUND:
             self._asked("PUT", place, content=data)
         return f"gcs://{name}"
+
+    def _object(self, reply: httpx.Response) -> Mapping[str, Any]:
+        """The object that a reply holds.
+
+        Raises:
+            ConfigError: it holds none, as that of another server.
+        """
+        try:
+            value = reply.json()
+        except ValueError:
+            value = None
+        if not isinstance(value, Mapping):
+            raise ConfigError(
+                f"{self._address} is no Ray dashboard: it answers {reply.request.url.path} with no "
+                "JSON object; check --address (port 8265 unless it was changed)"
+            )
+        return value
 
     def _asked(
         self,

@@ -139,6 +139,7 @@ class Session:
         self._records: dict[str, Store] = {}
         self._sources: dict[str, dict[str, Any]] = {}
         self._unseen: ContaminationSettings | None = None
+        self._unseen_rows = self._store.child(UNSEEN)
         self._made = 0
         self._end = weakref.finalize(self, _end, self._open, self._loop, folder)
 
@@ -179,6 +180,9 @@ class Session:
     ) -> Ingested[Any]:
         """Rows of one form from sources of many; bad records, duplicates and leaks are rejected.
 
+        Called again, it adds sources; what was to stay unseen stays so. Rows of different calls
+        aren't compared with each other.
+
         Args:
             sources: by name, each a path or URL, a list of them, rows in memory, or the fields of a
                 recipe's source with `path`, or with rows under `data`.
@@ -200,8 +204,9 @@ class Session:
         goals = [self._source(Target, name, value) for name, value in (targets or {}).items()]
         folder = self._folder("ingest")
         report = ingest(pools, goals, chosen, folder, contamination=unseen).as_dict()
-        self._unseen = unseen if unseen.sets or (unseen.targets and goals) else None
-        self._sources = {source.name: _facts_of(source) for source in pools}
+        if unseen.sets or (unseen.targets and goals):
+            self._keep_unseen(unseen, folder.child(UNSEEN))
+        self._sources |= {source.name: _facts_of(source) for source in pools}
         self._record("ingest", folder, report=report, seconds=time.monotonic() - started)
         kind: Any = next(
             (data for value in sources.values() if (data := _in_memory(value)) is not None),
@@ -278,7 +283,7 @@ class Session:
         )
         stores: dict[str, Store] = {}
         if self._unseen is not None:
-            stores[UNSEEN] = self._records["ingest"].child(UNSEEN)
+            stores[UNSEEN] = self._unseen_rows
         if REPLIES in stage.artifacts():
             replies = RepliesStage(chosen, self._models, self.seed)
             stores[REPLIES] = self.fitted(replies, table).store
@@ -504,6 +509,23 @@ class Session:
                 return name
         raise ConfigError(f"{stage}: this session has used a thousand models as {role}")
 
+    def _keep_unseen(self, settings: ContaminationSettings, rows: Store) -> None:
+        """Add what one ingest compared with to what rewrites must not hold, by the strictest rule.
+
+        Args:
+            settings: of that ingest.
+            rows: its folder of unseen rows.
+        """
+        known = self._unseen or settings
+        self._unseen = settings.model_copy(
+            update={name: min(getattr(known, name), getattr(settings, name))
+                    for name in ("ngram", "short")}
+        )  # fmt: skip
+        for name in rows.names():
+            if name.startswith("part-"):
+                copy = name.replace("part-", f"part-{self._made:04}-", 1)
+                self._unseen_rows.write_bytes(copy, rows.read_bytes(name))
+
     def _source(self, kind: type[Any], name: str, value: Any) -> Any:
         fields = dict(value) if isinstance(value, Mapping) else {"path": value}
         data = _in_memory(value)
@@ -514,19 +536,24 @@ class Session:
 
     def _written_records(self, name: str, data: Any) -> str:
         """The path of a file with rows in memory as JSON lines."""
-        table_or_list = data if isinstance(data, list | tuple) else arrow_table(data, {})
-        records = (
-            table_or_list.to_pylist() if isinstance(table_or_list, pa.Table) else table_or_list
-        )
         try:
-            lines = [json.dumps(record, ensure_ascii=False, allow_nan=False) for record in records]
+            listed = data if isinstance(data, list | tuple) else arrow_table(data, {}).to_pylist()
+            lines = [_json_line(record) for record in listed]
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"source {name}: a text holds a lone surrogate, which no Arrow column can "
+                f"({error}); give the rows as a list of dicts (frame.to_dict('records')) to have "
+                "it rejected"
+            ) from error
         except (TypeError, ValueError) as error:
             raise ConfigError(f"source {name}: a record can't be written as JSON: {error}") from (
                 error
             )
         folder = self._folder("sources")
-        folder.write_bytes(f"{name}.jsonl", "".join(f"{line}\n" for line in lines).encode())
-        return f"{folder.url}/{name}.jsonl"
+        # Called otherwise than its source, so that it is never taken for a file of the catalogue.
+        file = f"{name}-in-memory.jsonl"
+        folder.write_bytes(file, b"".join(lines))
+        return f"{folder.url}/{file}"
 
     def _table(self, rows: object) -> pa.Table:
         return arrow_table(rows, self._types)
@@ -736,6 +763,20 @@ def _in_memory(value: Any) -> Any:
     if isinstance(value, Mapping):
         return value.get("data")
     return value if is_rows(value) else None
+
+
+def _json_line(record: Any) -> bytes:
+    """A record as a line of JSON; lone surrogates are escaped, for ingest to find and reject.
+
+    Raises:
+        TypeError: a value is of no type that JSON has.
+        ValueError: a number isn't finite.
+    """
+    try:
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:
+        line = json.dumps(record, allow_nan=False).encode()
+    return line + b"\n"
 
 
 def _facts_of(source: Source) -> dict[str, Any]:
