@@ -172,7 +172,9 @@ class HostileTeacher:
         if "pears" in shown:
             return tagged(*SAME) if asks_for_instruction else tagged(response=SAME[1] + " Always.")
         if asks_for_instruction:
-            return tagged(response="There is no instruction here.")
+            # The same question but for its punctuation would no longer have to give the answer.
+            asked = [f"{shown}?", f"{shown[:-1]} !", f"**{shown}**", shown.replace("m", "m\u200b")]
+            return tagged(asked[number % 4], f"It is {number}, so that makes 987 in all.")
         return tagged(response=f"It is {number}, so that makes 987 in all.")
 
     def close(self) -> None: ...
@@ -257,7 +259,7 @@ def test_hostile_teacher_gets_nothing_into_the_data_set(
         },
         # The student takes all of it: only the checks stand in the way.
         "pears": {("both", "accepted", "accepted"): 9},
-        "sums": {("none", "missing_tag", "answer_missing"): 6},
+        "sums": {("none", "unchanged", "answer_missing"): 6},
     }
     decisions = pq.read_table(run / "selection" / "decisions.parquet").to_pylist()
     reasons = Counter(row["reason"].split(":")[0] for row in decisions if row["source"] == "pears")
