@@ -33,8 +33,8 @@ _DASHES = "\u2012-\u2015"
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\s{_DASHES}{_UNSPACED}]+")
 _AROUND = "()[]{}.,:;!?\"'“”‘’«»*_`~|<>#/。、「」『』《》【】"
 
-# Unicode's Default_Ignorable_Code_Point (DerivedCoreProperties.txt) beyond the category Cf: joiners,
-# fillers and variation selectors, which print nothing and would hide a word from comparison.
+# Unicode's Default_Ignorable_Code_Point (DerivedCoreProperties.txt) beyond the category Cf:
+# joiners, fillers and variation selectors, which print nothing and would hide a word.
 _IGNORABLE = (
     "\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2065\u3164\ufe00-\ufe0f\uffa0\ufff0-\ufff8"
     "\U000e0000-\U000e0fff"

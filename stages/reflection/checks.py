@@ -13,15 +13,13 @@ from functools import lru_cache
 
 import pyarrow as pa
 
-from stages.overlap import OverlapIndex, normalised
+from stages.overlap import TELLING_WORDS, OverlapIndex
 from stages.pass_rate.checker import AnswerChecker
 from stages.pass_rate.checks import Case
 from stages.reflection.record import ReflectedRow
 from stages.rows import messages_of
 from stages.storage import Store
-
-_TELLING_WORDS = 13
-"""Words from which on an answer can be told from any other: `yes` and `42` answer much else."""
+from stages.words import words
 
 
 class RewriteChecks:
@@ -78,13 +76,9 @@ def unseen_texts(rows: pa.Table) -> Iterator[tuple[str, str]]:
     """
     for name, messages in zip(rows["source"].to_pylist(), messages_of(rows), strict=True):
         for turn in messages or []:
-            telling = turn["role"] == "assistant" and _words(turn["content"]) >= _TELLING_WORDS
+            telling = turn["role"] == "assistant" and len(words(turn["content"])) >= TELLING_WORDS
             if turn["role"] == "user" or telling:
                 yield name, turn["content"]
-
-
-def _words(text: str) -> int:
-    return len(normalised(text).split())
 
 
 @lru_cache(maxsize=2)
