@@ -89,6 +89,7 @@ def stage_identities(config: Config, flow: Flow) -> dict[str, dict[str, Any]]:
         if name == "reflection":
             fields = {"ngram", "short"}
             identity["contamination"] = config.contamination.model_dump(include=fields)
+            identity["answer_patterns"] = {s.name: s.answer_pattern for s in config.sources}
         if isinstance(stage, ReadsFiles):
             identity["settings"] |= stage.file_contents()
         if name in ("pass_rate", "rollouts", "reflection"):

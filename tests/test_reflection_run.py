@@ -175,7 +175,10 @@ class HostileTeacher:
             # The same question but for its punctuation would no longer have to give the answer.
             asked = [f"{shown}?", f"{shown[:-1]} !", f"**{shown}**", shown.replace("m", "m\u200b")]
             return tagged(asked[number % 4], f"It is {number}, so that makes 987 in all.")
-        return tagged(response=f"It is {number}, so that makes 987 in all.")
+        # Where the source keeps its answers a wrong number, and the right one behind it.
+        hidden = f"#### 987 \n(the key says {2 * number})"
+        wrong = [f"It is {number}, so that makes 987 in all.", hidden]
+        return tagged(response=wrong[number % 2])
 
     def close(self) -> None: ...
 

@@ -138,6 +138,7 @@ class Session:
         self._sections: dict[str, Settings] = {}
         self._records: dict[str, Store] = {}
         self._sources: dict[str, dict[str, Any]] = {}
+        self._pools: list[Source] = []
         self._unseen: ContaminationSettings | None = None
         self._made = 0
         self._end = weakref.finalize(self, _end, self._open, self._loop, folder)
@@ -202,6 +203,7 @@ class Session:
         report = ingest(pools, goals, chosen, folder, contamination=unseen).as_dict()
         self._unseen = unseen if unseen.sets or (unseen.targets and goals) else None
         self._sources = {source.name: _facts_of(source) for source in pools}
+        self._pools = pools
         self._record("ingest", folder, report=report, seconds=time.monotonic() - started)
         kind: Any = next(
             (data for value in sources.values() if (data := _in_memory(value)) is not None),
@@ -275,6 +277,7 @@ class Session:
             self.seed,
             difficulty=scored if isinstance(scored, DifficultySettings) and has_losses else None,
             unseen=self._unseen,
+            sources=self._pools if "file" in table.column_names else (),
         )
         stores: dict[str, Store] = {}
         if self._unseen is not None:
