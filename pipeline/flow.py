@@ -155,6 +155,7 @@ def flow_of(config: Config) -> Flow:
             config.seed,
             difficulty=config.difficulty,
             unseen=_contamination(config),
+            sources=config.sources,
         )
     if config.prefixes:
         rows["prefixes"] = PrefixesStage(config.prefixes, models, config.seed)

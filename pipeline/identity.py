@@ -47,7 +47,7 @@ def ingest_identity(config: Config) -> dict[str, Any]:
     recipe = config.portable_recipe
     return {
         "stage": "ingest",
-        "version": 3,
+        "version": 4,
         "settings": config.ingest.model_dump(mode="json"),
         "contamination": recipe["contamination"],
         "sources": {source["name"]: source for source in recipe["sources"]},
@@ -89,6 +89,7 @@ def stage_identities(config: Config, flow: Flow) -> dict[str, dict[str, Any]]:
         if name == "reflection":
             fields = {"ngram", "short"}
             identity["contamination"] = config.contamination.model_dump(include=fields)
+            identity["answer_patterns"] = {s.name: s.answer_pattern for s in config.sources}
         if isinstance(stage, ReadsFiles):
             identity["settings"] |= stage.file_contents()
         if name in ("pass_rate", "rollouts", "reflection"):

@@ -22,6 +22,9 @@ import pyarrow.compute as pc
 
 from stages.words import HashedWords, IntArray, hashed_words, words
 
+TELLING_WORDS = 13
+"""Words from which on a response can be told from any other: `yes` and `42` answer much else."""
+
 
 class Overlap(NamedTuple):
     """What a text overlaps: the name of the set, how, and the words that they share."""

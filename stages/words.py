@@ -12,9 +12,11 @@ the same. Equal runs have equal numbers in any process and on any machine.
 from __future__ import annotations
 
 import re
+import sys
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import pyarrow as pa
@@ -27,8 +29,16 @@ HashArray = NDArray[np.uint64]
 
 # Kana, Han, Thai, Lao, Burmese and Khmer are written without spaces: there a character is a word.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff"
-_WORD = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")
-_AROUND = "()[]{}.,:;!?\"'“”‘’«»*_`。、「」『』《》【】"
+_DASHES = "\u2012-\u2015"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\s{_DASHES}{_UNSPACED}]+")
+_AROUND = "()[]{}.,:;!?\"'“”‘’«»*_`~|<>#/。、「」『』《》【】"
+
+# Unicode's Default_Ignorable_Code_Point (DerivedCoreProperties.txt) beyond the category Cf:
+# joiners, fillers and variation selectors, which print nothing and would hide a word.
+_IGNORABLE = (
+    "\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2065\u3164\ufe00-\ufe0f\uffa0\ufff0-\ufff8"
+    "\U000e0000-\U000e0fff"
+)
 
 _BASE = 0x9E3779B97F4A7C15
 _INVERSE = pow(_BASE, -1, 1 << 64)
@@ -37,8 +47,9 @@ _INVERSE = pow(_BASE, -1, 1 << 64)
 def words(text: str) -> list[str]:
     """Words in order: NFKC, case folded, split at white space, punctuation around them dropped.
 
-    A character of a script without spaces is a word. Signs inside a word stay, so that `2+3` and
-    `2-3` differ.
+    Invisible characters (format controls and all that Unicode calls default-ignorable) are left
+    out, and en and em dashes part words. A character of a script without spaces is a word. Signs
+    inside a word stay, so that `2+3` and `2-3` differ.
     """
     found = text.lower().split() if text.isascii() else _folded_words(text)
     return [word for raw in found if (word := raw.strip(_AROUND))]
@@ -46,7 +57,16 @@ def words(text: str) -> list[str]:
 
 def _folded_words(text: str) -> list[str]:
     """Words with the punctuation around them."""
-    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+    visible = _invisible().sub("", text)
+    return _WORD.findall(unicodedata.normalize("NFKC", visible).casefold())
+
+
+@cache
+def _invisible() -> re.Pattern[str]:
+    """Matches a default-ignorable character or a format control."""
+    every = map(chr, range(sys.maxunicode + 1))
+    controls = "".join(character for character in every if unicodedata.category(character) == "Cf")
+    return re.compile(rf"[{_IGNORABLE}{controls}]")
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,10 @@ def test_every_overlap_is_found_and_no_other(
         ("The sum of all natural numbers below one thousand is what?", None, 0),
         ("Name the largest planet of our sun, please.", "ngram", 7),
         ("name the largest planet of our sun", "exact", 7),
+        # Signs that print nothing, or only mark up, hide no word.
+        ("Na\u200bme the lar\u00adgest pla\u2060net o\u034ff our s\ufe0fun", "exact", 7),
+        ("# Name <the> largest~ |planet| of our sun /", "exact", 7),
+        ("Riddle—name the largest planet of our sun–please", "ngram", 7),
         ("What is two plus two?", "exact", 5),
         ("Tell me: what is two plus two?", None, 0),
     ],

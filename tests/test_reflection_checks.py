@@ -51,6 +51,37 @@ def test_answer_problems() -> None:
     assert list(zip(ANSWERS, found, strict=True)) == [(case, case[3]) for case in ANSWERS]
 
 
+HASHES = r"####\s*(.+)$"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "response", "answer", "problem"),
+    [
+        (None, "#### 987 \n(the key says 620)", "620", None),
+        (HASHES, "#### 987 \n(the key says 620)", "620", "answer_missing"),
+        (HASHES, "#### 987\nThe answer is \\boxed{620}", "620", "answer_missing"),
+        (HASHES, "It is 620.\n#### 620", "620", None),
+        (HASHES, "#### 1,620 \nThat makes 1620", "1620", None),
+        (HASHES, "#### 0.5", r"\frac{1}{2}", None),
+        (HASHES, r"#### \frac{1}{2}" + "\nor 0.5", "0.5", None),
+        # The last place counts, as in the source.
+        (HASHES, "#### 9\nNo:\n#### 620", "620", None),
+        # Nothing to hold against the answer.
+        (HASHES, "The change is 620 cents.", "620", None),
+        (r"is (\w+)\.", "So it is 12. In all 620", "620", "answer_missing"),
+        ("boxed", r"First \boxed{620}, then \boxed{9}. The answer is 620", "620", "answer_missing"),
+        (HASHES, "#### 987", None, None),
+    ],
+)
+def test_what_the_source_reads_from_a_response_must_be_the_answer(
+    pattern: str | None, response: str, answer: str | None, problem: str | None
+) -> None:
+    row = ReflectedRow("id", "math", {"none": Version(chat("Q", "A"), answer)}, pattern)
+    with AnswerChecker(processes=1) as checker:
+        checks = RewriteChecks(checker, OverlapIndex([]))
+        assert asyncio.run(checks.answer_problems([row], [response])) == [problem]
+
+
 def test_a_row_without_answer_has_no_problem_and_order_is_kept() -> None:
     rows = [
         ReflectedRow(str(i), "math", {"none": Version([], answer)})

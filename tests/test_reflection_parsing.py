@@ -64,6 +64,12 @@ class TestParsingInstructions:
             (tagged(NEW.instruction + "\n" + tagged(response="x"), "y"), "missing_tag"),
             (tagged(OLD.instruction, NEW.response), "unchanged"),
             (tagged(" name a  fruit.", NEW.response), "unchanged"),
+            # No word differs, whatever stands around or inside of them.
+            (tagged("Name a fruit??", NEW.response), "unchanged"),
+            (tagged("name a fruit !", NEW.response), "unchanged"),
+            (tagged("**Name a fruit**", NEW.response), "unchanged"),
+            (tagged("## Name\u200b a fr\u00aduit", NEW.response), "unchanged"),
+            (tagged("Name — a\u2060 fruit", NEW.response), "unchanged"),
             (tagged(NEW.instruction, "I'm sorry, but I can't help with that."), "refusal"),
             ("I cannot assist with this request.", "refusal"),
             (tagged(NEW.instruction, "..."), "placeholder"),
@@ -71,12 +77,44 @@ class TestParsingInstructions:
             (tagged(NEW.instruction, "N/A"), "placeholder"),
             (tagged("the instruction you wrote", "your answer to it"), "placeholder"),
             (tagged(NEW.instruction, NEW.instruction), "copied_prompt"),
+            (tagged(NEW.instruction, f"Sure: {NEW.instruction}"), "copied_prompt"),
         ],
     )
     def test_anything_else_is_a_failure_with_a_code(self, text: str, code: str) -> None:
         result = parse_instruction_reply(text, "stop", "tagged", OLD, PROMPTS)
         assert isinstance(result, ParseFailure)
         assert result.code == code
+
+    @pytest.mark.parametrize(
+        ("instruction", "response", "echoes"),
+        [
+            ("What is 2 plus 3?", "Sure: what is 2 plus 3?", True),
+            ("What is 2 plus 3?", "“What is 2 plus 3?”", True),
+            ("What is 2 plus 3?", "What is 2 p\u200blus 3", True),
+            ("What is 2 plus 3?", "What is 2 plus 3? What is 2 plus 3?", True),
+            ("What is 2 plus 3?", "What is 2 plus 3? It is what is 2 plus 3?", True),
+            ("What is 2 plus 3?", "You ask: what is 2 plus 3? That is five.", False),
+            ("What is 2 plus 3?", "5", False),
+            ("What is 2 plus 3?", "What is 2? Then 3 more make 5.", False),
+            ("no no", "no no no", True),
+            ("Why?", "Why?", True),
+            ("Why?", "Why? Because.", False),
+            ("Apples", "Apples are fruits.", False),
+            ("求和", "求和", True),
+            ("求和", "求和等于五", False),
+            # A word that only begins like another is no copy.
+            ("one", "ones", False),
+        ],
+    )
+    def test_response_must_say_more_than_its_instruction(
+        self, instruction: str, response: str, echoes: bool
+    ) -> None:
+        result = parse_whole_answer(response, "stop", instruction, PROMPTS)
+        if echoes:
+            assert isinstance(result, ParseFailure)
+            assert result.code == "copied_prompt"
+        else:
+            assert result == response
 
     def test_reply_that_repeats_the_prompt(self) -> None:
         messages: list[Message] = [

@@ -172,8 +172,13 @@ class HostileTeacher:
         if "pears" in shown:
             return tagged(*SAME) if asks_for_instruction else tagged(response=SAME[1] + " Always.")
         if asks_for_instruction:
-            return tagged(response="There is no instruction here.")
-        return tagged(response=f"It is {number}, so that makes 987 in all.")
+            # The same question but for its punctuation would no longer have to give the answer.
+            asked = [f"{shown}?", f"{shown[:-1]} !", f"**{shown}**", shown.replace("m", "m\u200b")]
+            return tagged(asked[number % 4], f"It is {number}, so that makes 987 in all.")
+        # Where the source keeps its answers a wrong number, and the right one behind it.
+        hidden = f"#### 987 \n(the key says {2 * number})"
+        wrong = [f"It is {number}, so that makes 987 in all.", hidden]
+        return tagged(response=wrong[number % 2])
 
     def close(self) -> None: ...
 
@@ -203,6 +208,51 @@ class CredulousStudent:
     def close(self) -> None: ...
 
 
+class RepeatingTeacher(HostileTeacher):
+    """Answers every instruction alike, but for what the comparison leaves out."""
+
+    def reply(self, prompt: str) -> str:
+        shown = prompt.rsplit("<instruction>\n", 1)[1].split("\n</instruction>")[0]
+        number = int(shown.split()[-1].rstrip("?"))
+        if "pears" in shown:
+            return tagged(response="Yes, do.")
+        emphasis = "*" * (number % 3)
+        return tagged(response=f"{emphasis}{SOLUTION}{emphasis}")
+
+
+def responses_of(folder: Path, *names: str) -> set[str]:
+    """The responses in sources' files."""
+    return {
+        json.loads(line)["answer"]
+        for name in names
+        for line in (folder / f"{name}.jsonl").read_text().splitlines()
+    }
+
+
+def test_one_response_to_every_instruction_gets_in_once(recipe: Any, tmp_path: Path) -> None:
+    without_models(recipe)
+    recipe.value["difficulty"] = None
+    recipe.value["reflection"] = {"phases": "response", "reply": "tagged"}
+    student = CredulousStudent(responses_of(tmp_path, "apples", "pears"))
+    engines = {"generator": RepeatingTeacher(), "scorer": student}
+    Run(
+        read_config(recipe.save()),
+        lambda _: None,
+        backend=LocalBackend(lambda kind, settings: engines[kind]),
+    ).execute()
+    assert Counter(reflection(recipe.run_folder)["reflection_outcome"].to_pylist()) == {
+        "response": 19
+    }
+    decisions = pq.read_table(recipe.run_folder / "selection" / "decisions.parquet").to_pylist()
+    reasons = Counter((row["source"], row["reason"].split(":")[0]) for row in decisions)
+    assert reasons == {
+        ("apples", "kept"): 1,
+        ("apples", "duplicate_response"): 9,
+        # A short answer may be right for many.
+        ("pears", "kept"): 9,
+    }
+
+
 @pytest.mark.parametrize(("mode", "kind"), [("sequential", "target"), ("grid", "evaluation set")])
 def test_hostile_teacher_gets_nothing_into_the_data_set(
     recipe: Any, tmp_path: Path, mode: str, kind: str
@@ -227,11 +277,7 @@ def test_hostile_teacher_gets_nothing_into_the_data_set(
     recipe.value["difficulty"] = None
     recipe.value["reflection"] = {"mode": mode, "reply": "tagged"}
     config = read_config(recipe.save())
-    originals = {
-        json.loads(line)["answer"]
-        for name in ("apples", "pears", "sums")
-        for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()
-    }
+    originals = responses_of(tmp_path, "apples", "pears", "sums")
     engines = {"generator": HostileTeacher(), "scorer": CredulousStudent(originals)}
     Run(
         config, lambda _: None, backend=LocalBackend(lambda kind, settings: engines[kind])
@@ -257,7 +303,7 @@ def test_hostile_teacher_gets_nothing_into_the_data_set(
         },
         # The student takes all of it: only the checks stand in the way.
         "pears": {("both", "accepted", "accepted"): 9},
-        "sums": {("none", "missing_tag", "answer_missing"): 6},
+        "sums": {("none", "unchanged", "answer_missing"): 6},
     }
     decisions = pq.read_table(run / "selection" / "decisions.parquet").to_pylist()
     reasons = Counter(row["reason"].split(":")[0] for row in decisions if row["source"] == "pears")

@@ -45,7 +45,7 @@ def decide(
     policy: LicensePolicy | None = None,
     **settings: Any,
 ) -> Any:
-    present = PRESENT | {"embedding"} if "embedding" in data[0] else PRESENT
+    present = PRESENT | ({"embedding", "reflection_outcome"} & data[0].keys())
     stage = SelectionStage(SelectionSettings(**settings), frozenset(anchors), present, policy)
     none = Tables(pa.table({}), 1)
     outcome = stage.decide(Tables(pa.Table.from_pylist(data), shard), none, {})
@@ -109,6 +109,41 @@ def test_equal_effective_texts_are_dropped_but_the_first() -> None:
     reasons = [row["reason"] for row in decisions]
     assert reasons[3:6] == [f"duplicate_text: {data[2]['id']}"] * 3
     assert reasons.count("kept") == 6
+
+
+LONG = "To add two numbers start at the first of them and count on by the second."
+
+
+def test_one_response_of_a_teacher_stands_once_and_short_ones_as_often_as_they_are_given() -> None:
+    given = {
+        # By row: what reflection did, and the response that stands.
+        0: ("none", LONG),
+        1: ("response", LONG),
+        2: (None, LONG),
+        3: ("both", LONG.upper().replace(" ", "  ")),
+        4: ("instruction", f"**{LONG}**"),
+        5: ("response", "Yes."),
+        6: ("both", "Yes."),
+        7: ("response", LONG + " Then stop."),
+        8: ("failed", LONG),
+    }
+    data = rows(9)
+    for place, (outcome, response) in given.items():
+        data[place]["effective_messages"][1]["content"] = response
+        data[place]["reflection_outcome"] = outcome
+    repeated = {3, 4}
+    for shard in (2, 9):
+        decisions, _ = decide(data, shard)
+        for place, decision in enumerate(decisions):
+            first = f"duplicate_response: {data[1]['id']}"
+            assert decision["reason"] == (first if place in repeated else "kept")
+    # A row that is dropped for its response stands for no other row.
+    data[8]["effective_messages"] = data[3]["effective_messages"]
+    decisions, report = decide(data)
+    assert decisions[8]["keep"]
+    assert report["reasons"] == {"duplicate_response": 2, "kept": 7}
+    decisions, _ = decide(data, duplicates=False)
+    assert all(decision["keep"] for decision in decisions)
 
 
 def test_anchors_are_never_kept_and_their_texts_count_wherever_they_stand() -> None:

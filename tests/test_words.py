@@ -15,14 +15,15 @@ from stages.words import hashed_words, words
 
 ROOT = Path(__file__).resolve().parents[1]
 
-ODD = "\x00\x0b\x1c\x1f\x85\xa0\u2028\u3000İßﬁᏻ𠀀求ไ.“_ \n"
+INVISIBLE = "\xad\u034f\u1160\u200b\u2060\u3164\ufe0f"
+ODD = INVISIBLE + "\u2013\u2014\ufe58\x00\x0b\x1c\x1f\x85\xa0\u2028\u3000İßﬁᏻ𠀀求ไ.“_ \n"
 texts = st.lists(st.text(alphabet="ab. \n", max_size=30), max_size=8)
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("Find  (the) “Sum”,\nof $x^2$ — ﬁve.", ["find", "the", "sum", "of", "$x^2$", "—", "five"]),
+        ("Find  (the) “Sum”,\nof $x^2$ — ﬁve.", ["find", "the", "sum", "of", "$x^2$", "five"]),
         ("2+3? 2-3!", ["2+3", "2-3"]),
         ("求x的值。", ["求", "x", "的", "值"]),
         ("ひらカナ", ["ひ", "ら", "カ", "ナ"]),
@@ -30,6 +31,13 @@ texts = st.lists(st.text(alphabet="ab. \n", max_size=30), max_size=8)
         ("𠀀𠀁", ["𠀀", "𠀁"]),
         ("한국어 문장", ["한국어", "문장"]),
         (" .\n", []),
+        # Zero-width space, soft hyphen, joiners and selectors print nothing.
+        (
+            "ed\u200bgy so\u00adft wo\u034frd jo\u2060in e\u200b\u0301 heart\ufe0f",
+            ["edgy", "soft", "word", "join", "é", "heart"],
+        ),
+        ("one—two, 3–4 – well-known", ["one", "two", "3", "4", "well-known"]),
+        ("## Title\n<b>bold</b> ~gone~ | a/b |", ["title", "b>bold</b", "gone", "a/b"]),
     ],
 )
 def test_words(text: str, expected: list[str]) -> None:

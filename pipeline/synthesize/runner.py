@@ -52,7 +52,7 @@ T = TypeVar("T")
 Make = Callable[[str, ModelSettings], Any]
 Say = Callable[[str], None]
 
-VERSION = 1
+VERSION = 2
 """Goes up when the same recipe comes to give other bytes."""
 
 DATA, REJECTS, REPORT = "data.jsonl", "rejects.jsonl", "report.json"

@@ -13,15 +13,14 @@ from functools import lru_cache
 
 import pyarrow as pa
 
-from stages.overlap import OverlapIndex, normalised
+from stages.overlap import TELLING_WORDS, OverlapIndex
 from stages.pass_rate.checker import AnswerChecker
 from stages.pass_rate.checks import Case
 from stages.reflection.record import ReflectedRow
 from stages.rows import messages_of
+from stages.sources.answers import extract_answer, last_boxed
 from stages.storage import Store
-
-_TELLING_WORDS = 13
-"""Words from which on an answer can be told from any other: `yes` and `42` answer much else."""
+from stages.words import words
 
 
 class RewriteChecks:
@@ -51,14 +50,33 @@ class RewriteChecks:
         self, rows: Sequence[ReflectedRow], responses: Sequence[str]
     ) -> list[str | None]:
         """Why a new response can't be trusted with the answer that stands, or None; in order."""
-        answers = [row.current.answer for row in rows]
         cases = [
-            Case(row.check, answer, text)
-            for row, answer, text in zip(rows, answers, responses, strict=True)
-            if answer is not None
+            (place, case)
+            for place, (row, text) in enumerate(zip(rows, responses, strict=True))
+            for case in _cases(row, text)
         ]
-        verdicts = iter(await asyncio.to_thread(self._checker.verdicts, cases))
-        return [None if answer is None else _PROBLEMS[next(verdicts)] for answer in answers]
+        verdicts = await asyncio.to_thread(self._checker.verdicts, [case for _, case in cases])
+        problems: list[str | None] = [None] * len(rows)
+        for (place, _), verdict in zip(cases, verdicts, strict=True):
+            problems[place] = problems[place] or _PROBLEMS[verdict]
+        return problems
+
+
+def _cases(row: ReflectedRow, response: str) -> list[Case]:
+    """What must give the answer that stands: the response, and what its source reads from it.
+
+    A response may end on a number other than the one where the source keeps its answers.
+    """
+    answer = row.current.answer
+    if answer is None:
+        return []
+    cases = [Case(row.check, answer, response)]
+    if row.answer_pattern is not None:
+        found = extract_answer(response, row.answer_pattern, by_line=True)
+        if found is not None and found != answer.strip():
+            boxed = found if last_boxed(found) is not None else rf"\boxed{{{found}}}"
+            cases.append(Case(row.check, answer, boxed))
+    return cases
 
 
 _PROBLEMS = {
@@ -78,13 +96,9 @@ def unseen_texts(rows: pa.Table) -> Iterator[tuple[str, str]]:
     """
     for name, messages in zip(rows["source"].to_pylist(), messages_of(rows), strict=True):
         for turn in messages or []:
-            telling = turn["role"] == "assistant" and _words(turn["content"]) >= _TELLING_WORDS
+            telling = turn["role"] == "assistant" and len(words(turn["content"])) >= TELLING_WORDS
             if turn["role"] == "user" or telling:
                 yield name, turn["content"]
-
-
-def _words(text: str) -> int:
-    return len(normalised(text).split())
 
 
 @lru_cache(maxsize=2)

@@ -15,6 +15,7 @@ from stages.engines import FinishReason
 from stages.engines.chat import ChatCode
 from stages.reflection.prompts import INSTRUCTION_TAG, RESPONSE_TAG, Prompts, squeezed
 from stages.reflection.settings import Form
+from stages.words import words
 
 FailureCode = (
     ChatCode
@@ -253,17 +254,28 @@ def _unusable(part: str, prompts: Prompts) -> ParseFailure | None:
 
 
 def _unlike(new: str, original: str) -> ParseFailure | None:
-    if squeezed(new) == squeezed(original):
+    """What differs in no word is no rewrite; as a new instruction it would shed the answer."""
+    if words(new) == words(original):
         return ParseFailure("unchanged", "the reply repeats what the teacher was shown")
     return None
 
 
 def _no_echo(response: str, instruction: str) -> ParseFailure | None:
-    """A response made up of its instruction would have the best r-IFD of all, and teach nothing."""
-    answer, asked = squeezed(response), squeezed(instruction)
-    if asked and answer.startswith(asked) and len(answer) < 2 * len(asked):
+    """A response made up of its instruction would have the best r-IFD of all, and teach nothing.
+
+    An honest answer may restate the instruction, and then says at least as many words of its own.
+    """
+    asked, answer = words(instruction), words(response)
+    own = len(answer) - len(asked) * _copies(asked, answer)
+    if own < min(len(asked), len(answer)):
         return ParseFailure("copied_prompt", "the response repeats its instruction")
     return None
+
+
+def _copies(run: list[str], text: list[str]) -> int:
+    """How often a run of words stands in a text, without overlap; 0 for an empty run."""
+    inner, outer = ("".join(f" {word} " for word in part) for part in (run, text))
+    return outer.count(inner) if run else 0
 
 
 def _encodes(text: str) -> bool:

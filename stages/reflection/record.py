@@ -65,6 +65,7 @@ class ReflectedRow:
         id: what the teacher's seed depends on: the row's identity, and the exchange's place in it.
         check: how a response is compared with the row's answer.
         versions: the texts there are, by which of their parts are the teacher's.
+        answer_pattern: where the row's source keeps answers in responses, or None.
         standing: the version that stands so far, which is what the teacher is shown.
         error: why the exchange can't be reflected on, or None.
         refused: by version, why there is no such text.
@@ -78,6 +79,7 @@ class ReflectedRow:
     id: str
     check: Check
     versions: dict[VersionName, Version]
+    answer_pattern: str | None = None
     standing: VersionName = "none"
     error: RowError | None = None
     refused: dict[VersionName, str] = field(default_factory=dict)
@@ -154,6 +156,7 @@ class ReflectedConversation:
         answer: its reference answer, or None.
         check: how a response is compared with it.
         ends: how many turns precede the end of each exchange.
+        answer_pattern: where its source keeps answers in responses, or None.
         ifd: losses of the original response where they are known already.
         done: exchanges that were reflected on.
     """
@@ -163,6 +166,7 @@ class ReflectedConversation:
     answer: str | None
     check: Check
     ends: list[int]
+    answer_pattern: str | None = None
     ifd: ResponseLoss | None = None
     done: list[ReflectedRow] = field(default_factory=list)
 
@@ -187,7 +191,11 @@ class ReflectedConversation:
         )
         key = self.id if last else f"{self.id}:{end}"
         return ReflectedRow(
-            key, self.check, {"none": original}, error=unusable_turns(original.messages)
+            key,
+            self.check,
+            {"none": original},
+            self.answer_pattern,
+            error=unusable_turns(original.messages),
         )
 
     def take(self, row: ReflectedRow) -> None:

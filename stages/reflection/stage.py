@@ -33,6 +33,8 @@ from stages.reflection.settings import ReflectionSettings
 from stages.reflection.student import Student
 from stages.reflection.teacher import Teacher
 from stages.rows import messages_of
+from stages.sources.catalogue import resolved
+from stages.sources.settings import Source
 from stages.storage import Store
 
 _LOSSES = ("loss_conditional", "loss_unconditional", "response_tokens", "response_truncated")
@@ -55,6 +57,7 @@ class ReflectionStage:
         *,
         difficulty: DifficultySettings | None = None,
         unseen: ContaminationSettings | None = None,
+        sources: Sequence[Source] = (),
     ) -> None:
         """Look up teacher and student, and read the prompts.
 
@@ -64,6 +67,8 @@ class ReflectionStage:
             seed: the run's; the teacher's text is drawn from it, the row's id and the purpose.
             difficulty: the section of the stage that scored the rows before, where there is one.
             unseen: how texts are found that no rewrite may bring in; None: there are none.
+            sources: of the rows; where one names an `answer_pattern`, what it finds in a new
+                response must be the row's answer.
 
         Raises:
             ConfigError: the recipe has no such model, replies leave no room for a prompt, or the
@@ -80,6 +85,7 @@ class ReflectionStage:
         self._seed = seed
         self._prompts = read_prompts(settings.prompts)
         self._contamination = unseen
+        self._sources = {source.name: source for source in sources}
         self._is_scored = difficulty is not None and _scores_alike(
             models[difficulty.student], difficulty, self._student
         )
@@ -92,8 +98,9 @@ class ReflectionStage:
     def columns(self) -> Columns:
         """Needs the rows' text, and its losses where difficulty has them; adds what stands."""
         losses = _LOSSES if self._is_scored else ()
+        file = ("file",) if self._sources else ()
         return Columns(
-            needs=("id", "source", "messages", "answer", *losses),
+            needs=("id", "source", "messages", "answer", *file, *losses),
             adds=added_schema(self.settings),
         )
 
@@ -178,10 +185,15 @@ class ReflectionStage:
                 answer=row["answer"],
                 check=self.settings.checks.get(row["source"], self.settings.check),
                 ends=exchange_ends(messages or [], every=every),
+                answer_pattern=self._answer_pattern(row),
                 ifd=_known_loss(row) if self._is_scored else None,
             )
             for row, messages in zip(others, messages_of(rows), strict=True)
         ]
+
+    def _answer_pattern(self, row: Mapping[str, Any]) -> str | None:
+        source = self._sources.get(row["source"])
+        return resolved(source, row["file"] or "").answer_pattern if source else None
 
     def _unseen(self, artifacts: Mapping[str, Store]) -> OverlapIndex:
         if self._contamination is None:

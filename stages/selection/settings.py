@@ -60,7 +60,9 @@ class SelectionSettings(Settings):
         default="drop", description="What a null score means: dropped, or ranked behind all others."
     )
     duplicates: bool = Field(
-        default=True, description="Drop rows whose effective text equals an earlier kept row's."
+        default=True,
+        description="Drop rows whose effective text equals an earlier kept row's, and rewritten "
+        "rows whose response does (in its words, 13 or more).",
     )
     semantic_duplicates: float | None = Field(
         default=None,

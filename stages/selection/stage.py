@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from stages.base import Columns, Outcome, ShardedColumns
 from stages.errors import ConfigError, StageError
 from stages.licenses import LicensePolicy, license_name
+from stages.overlap import TELLING_WORDS
 from stages.rows import LABEL, Message, row_id
 from stages.rules import rule_columns, rule_mask
 from stages.selection.activation_coverage import ACTIVE, coverage_report
@@ -25,6 +27,7 @@ from stages.selection.semantic import SemanticDuplicates, vectors_of
 from stages.selection.settings import SelectionSettings
 from stages.selection.strata import length_strata, stratum_quotas
 from stages.storage import Store
+from stages.words import words
 
 KEPT = "kept"
 BY_TARGET = "_by_target"
@@ -42,8 +45,12 @@ DECISIONS = pa.schema(
 )
 """One row per ingested row, in the order of the shards."""
 
+_OUTCOME = "reflection_outcome"
+_REWRITTEN = ("instruction", "response", "both")
+"""Outcomes of reflection after which a teacher's response stands."""
+
 _BYTES_PER_TOKEN = 4
-_WITH_DETAIL = ("duplicate_text", "semantic_duplicate", KEPT)
+_WITH_DETAIL = ("duplicate_text", "duplicate_response", "semantic_duplicate", KEPT)
 """Reasons that end in something of one row alone."""
 
 
@@ -74,7 +81,7 @@ class SelectionStage:
     """Keeps or drops every row; ties go to the lower id."""
 
     name = "selection"
-    version = 1
+    version = 2
 
     def __init__(
         self,
@@ -94,6 +101,7 @@ class SelectionStage:
         self._policy = policy
         self._measured_tokens = "tokens" in present
         self._counts_features = ACTIVE in present
+        self._is_reflected = _OUTCOME in present
         self._score, self._lists = _ranked_by(settings, present)
         ranked_by = {name for name in (self._score, self._lists) if name is not None}
         named = ranked_by.union(*(rule_columns(item.rule) for item in settings.filters))
@@ -112,9 +120,9 @@ class SelectionStage:
         tokens = ("tokens",) if self._measured_tokens else ()
         licenses = ("license",) if self._policy else ()
         vectors = () if self.settings.semantic_duplicates is None else ("embedding",)
-        needs = dict.fromkeys(
-            ("id", "source", "effective_messages", *self._named, *tokens, *licenses, *vectors)
-        )
+        rewritten = (_OUTCOME,) if self.settings.duplicates and self._is_reflected else ()
+        optional = (*tokens, *licenses, *vectors, *rewritten)
+        needs = dict.fromkeys(("id", "source", "effective_messages", *self._named, *optional))
         return Columns(tuple(needs), pa.schema([]))
 
     def decide(
@@ -165,10 +173,13 @@ class SelectionStage:
         tokens: list[IntArray] = []
         lists: list[pa.ChunkedArray] = []
         seen = self._anchor_texts(columns)
+        responses: dict[bytes, str] = {}
         semantic = self._anchor_vectors(columns)
         for table in columns.iter(self.columns().needs):
             missing = self._missing(table)
-            shard = self._shard_reasons(table, missing, seen)
+            shard = self._shard_reasons(table, missing)
+            if self.settings.duplicates:
+                self._drop_duplicates(table, shard, seen, responses)
             if semantic is not None:
                 _drop_semantic_duplicates(table, shard, semantic)
             ids += table["id"].chunks
@@ -216,10 +227,8 @@ class SelectionStage:
             found.add(mine["id"].to_pylist(), vectors_of(mine["embedding"]))
         return found
 
-    def _shard_reasons(
-        self, table: pa.Table, missing: Sequence[str | None], seen: dict[bytes, str]
-    ) -> list[str | None]:
-        """Why each row of a shard is dropped before any ranking; None where it isn't."""
+    def _shard_reasons(self, table: pa.Table, missing: Sequence[str | None]) -> list[str | None]:
+        """Why each row of a shard is dropped by itself; None where it isn't."""
         reasons: list[str | None] = [
             "anchor" if source in self._anchors else None for source in table["source"].to_pylist()
         ]
@@ -235,16 +244,38 @@ class SelectionStage:
             for place, name in enumerate(missing):
                 if name is not None and reasons[place] is None:
                     reasons[place] = f"missing_score: {name}"
-        if self.settings.duplicates:
-            rows = zip(
-                table["id"].to_pylist(), table["effective_messages"].to_pylist(), strict=True
-            )
-            for place, (row, messages) in enumerate(rows):
-                if reasons[place] is None:
-                    first = seen.setdefault(_text_key(messages), row)
-                    if first != row:
-                        reasons[place] = f"duplicate_text: {first}"
         return reasons
+
+    def _drop_duplicates(
+        self,
+        table: pa.Table,
+        reasons: list[str | None],
+        seen: dict[bytes, str],
+        responses: dict[bytes, str],
+    ) -> None:
+        """Put a reason where a row that has none yet repeats an earlier one's text or response.
+
+        Args:
+            table: rows of a shard.
+            reasons: theirs.
+            seen: the earlier rows' ids by their text; grows.
+            responses: the same of rewritten rows by their response, where it is a telling one.
+        """
+        ids, texts = table["id"].to_pylist(), table["effective_messages"].to_pylist()
+        outcomes = table[_OUTCOME].to_pylist() if self._is_reflected else [None] * len(ids)
+        for place, (row, messages, outcome) in enumerate(zip(ids, texts, outcomes, strict=True)):
+            if reasons[place] is not None:
+                continue
+            text = _text_key(messages)
+            response = _response_key(messages) if outcome in _REWRITTEN else None
+            if text in seen:
+                reasons[place] = f"duplicate_text: {seen[text]}"
+            elif response in responses:
+                reasons[place] = f"duplicate_response: {responses[response]}"
+            else:
+                seen[text] = row
+                if response is not None:
+                    responses[response] = row
 
     def _missing(self, table: pa.Table) -> list[str | None]:
         """By row, a column that it should be ranked by and hasn't; None where it has all."""
@@ -382,6 +413,15 @@ def _ranked_by(
 
 def _text_key(messages: Sequence[Message]) -> bytes:
     return bytes.fromhex(row_id(messages, None))
+
+
+def _response_key(messages: Sequence[Message]) -> bytes | None:
+    """What identifies the words of the last response; None where many rows may well share them."""
+    responses = [turn["content"] for turn in messages if turn["role"] == "assistant"]
+    found = words(responses[-1]) if responses else []
+    if len(found) < TELLING_WORDS:
+        return None
+    return hashlib.sha256(" ".join(found).encode()).digest()
 
 
 def _code(reason: str | None) -> str:

@@ -138,6 +138,7 @@ class Session:
         self._sections: dict[str, Settings] = {}
         self._records: dict[str, Store] = {}
         self._sources: dict[str, dict[str, Any]] = {}
+        self._pools: list[Source] = []
         self._unseen: ContaminationSettings | None = None
         self._unseen_rows = self._store.child(UNSEEN)
         self._made = 0
@@ -207,6 +208,8 @@ class Session:
         if unseen.sets or (unseen.targets and goals):
             self._keep_unseen(unseen, folder.child(UNSEEN))
         self._sources |= {source.name: _facts_of(source) for source in pools}
+        known = {source.name for source in pools}
+        self._pools = [*(one for one in self._pools if one.name not in known), *pools]
         self._record("ingest", folder, report=report, seconds=time.monotonic() - started)
         kind: Any = next(
             (data for value in sources.values() if (data := _in_memory(value)) is not None),
@@ -280,6 +283,7 @@ class Session:
             self.seed,
             difficulty=scored if isinstance(scored, DifficultySettings) and has_losses else None,
             unseen=self._unseen,
+            sources=self._pools if "file" in table.column_names else (),
         )
         stores: dict[str, Store] = {}
         if self._unseen is not None:

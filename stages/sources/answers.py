@@ -10,12 +10,13 @@ from stages.sources.settings import BOXED
 _BOX = re.compile(r"\\f?box(?:ed)?\s*\{")
 
 
-def extract_answer(response: str, pattern: str) -> str | None:
+def extract_answer(response: str, pattern: str, *, by_line: bool = False) -> str | None:
     """What the pattern finds last in the response, without white space around it.
 
     Args:
         response: the text to search.
         pattern: a regular expression with one group, or `boxed`.
+        by_line: `^` and `$` stand for the ends of every line, not of the whole response.
 
     Returns:
         The answer, or None where there is none.
@@ -23,7 +24,7 @@ def extract_answer(response: str, pattern: str) -> str | None:
     if pattern == BOXED:
         found = last_boxed(response)
     else:
-        matches = list(_compiled(pattern).finditer(response))
+        matches = list(_compiled(pattern, re.MULTILINE if by_line else 0).finditer(response))
         found = matches[-1].group(1) if matches else None
     return (found or "").strip() or None
 
@@ -48,5 +49,5 @@ def last_boxed(text: str) -> str | None:
 
 
 @lru_cache(maxsize=64)
-def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(pattern)
+def _compiled(pattern: str, flags: int) -> re.Pattern[str]:
+    return re.compile(pattern, flags)
