@@ -279,7 +279,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--shards", type=int, default=6, help="in one turn")
-    parser.add_argument("--rows", type=int, default=24, help="in one shard")
+    parser.add_argument(
+        "--rows", type=int, default=64, help="in one shard (by default a run has 512)"
+    )
     parser.add_argument("--new-tokens", type=int, default=192)
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--chunks-in-flight", type=int, default=CALLS_IN_FLIGHT)
