@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, Field, JsonValue, ValidationError, model_validator
+from pydantic import BaseModel, Field, JsonValue, model_validator
 
-from pipeline.recipe_file import raw_values, resolve_paths
+from pipeline.recipe_file import read_recipe
 from stages.allocation.settings import AllocationSettings, RolloutsSettings
 from stages.base import Settings
 from stages.baselines.settings import BaselinesSettings
@@ -25,8 +25,6 @@ from stages.embedding.settings import EmbeddingSettings
 from stages.emission.settings import EmissionSettings
 from stages.engines.local import CALLS_IN_FLIGHT
 from stages.engines.settings import ModelSettings
-from stages.errors import ConfigError
-from stages.explained import explained
 from stages.explanation.settings import ExplanationSettings
 from stages.features.settings import FeaturesSettings
 from stages.ingest.settings import ContaminationSettings, IngestSettings
@@ -286,12 +284,7 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: the file is absent or no YAML, or a field is unknown, missing or out of range.
     """
-    raw = raw_values(path, overrides)
-    resolve_paths(raw, path)
-    try:
-        return Config.model_validate(raw)
-    except ValidationError as error:
-        raise ConfigError(explained(error, path, Config)) from error
+    return read_recipe(Config, path, overrides)
 
 
 def changed_fields(old: Any, new: Any, place: str = "") -> list[str]:

@@ -4,13 +4,44 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
 import yaml
+from pydantic import BaseModel, ValidationError
 
 from stages.errors import ConfigError
+from stages.explained import explained
 from stages.storage import read_file
+
+RecipeT = TypeVar("RecipeT", bound=BaseModel)
+
+
+def read_recipe(
+    kind: type[RecipeT], path: str, overrides: Sequence[str] = (), *, within: Sequence[str] = ()
+) -> RecipeT:
+    """A recipe file as a checked config.
+
+    Relative paths of what the recipe reads are taken from its own folder; those of what it writes
+    from the working directory.
+
+    Args:
+        kind: what the recipe has to be.
+        path: a YAML file, by path or fsspec URL.
+        overrides: `a.b.c=value` texts; the value is read as YAML.
+        within: sections that have sources or targets of their own.
+
+    Raises:
+        ConfigError: the file is absent or no YAML, or a field is unknown, missing or out of range.
+    """
+    raw = raw_values(path, overrides)
+    for part in (raw, *(raw.get(name) for name in within)):
+        if isinstance(part, dict):
+            resolve_paths(part, path)
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(explained(error, path, kind)) from error
 
 
 def raw_values(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -114,3 +145,10 @@ def _located(path: str, folder: str) -> str:
 def own_name(path: str) -> str:
     """What a path is called wherever a project lies; a URL's name is the whole of it."""
     return path if "://" in path else os.path.basename(path.rstrip("/"))
+
+
+def name_files(items: Iterable[dict[str, Any]]) -> None:
+    """Call the files of sources and targets by their own names, wherever they lie."""
+    for item in items:
+        paths = [item["path"]] if isinstance(item["path"], str) else item["path"]
+        item["path"] = [own_name(path) for path in paths]

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-from pipeline.recipe_file import own_name, raw_values, resolve_paths
+from pipeline.recipe_file import name_files, read_recipe
 from stages.base import Settings
 from stages.engines.settings import ModelSettings
-from stages.errors import ConfigError
-from stages.explained import explained
 from stages.forecast.projection import error_amplification
 from stages.forecast.settings import ForecastSettings
 from stages.pilots.settings import (
@@ -114,9 +112,7 @@ class PilotConfig(BaseModel):
     def portable_recipe(self) -> dict[str, Any]:
         """The recipe without `execution`, files called by their own names."""
         recipe = self.model_dump(mode="json", exclude={"execution"})
-        for item in [*recipe["sources"], *recipe["targets"]]:
-            paths = [item["path"]] if isinstance(item["path"], str) else item["path"]
-            item["path"] = [own_name(path) for path in paths]
+        name_files([*recipe["sources"], *recipe["targets"]])
         recipe["models"] = {name: model.portable() for name, model in self.models.items()}
         return recipe
 
@@ -134,9 +130,4 @@ def read_pilot(path: str, overrides: Sequence[str] = ()) -> PilotConfig:
     Raises:
         ConfigError: the file is absent or no YAML, or a field is unknown, missing or out of range.
     """
-    raw = raw_values(path, overrides)
-    resolve_paths(raw, path)
-    try:
-        return PilotConfig.model_validate(raw)
-    except ValidationError as error:
-        raise ConfigError(explained(error, path, PilotConfig)) from error
+    return read_recipe(PilotConfig, path, overrides)

@@ -5,17 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Self
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-from pipeline.recipe_file import (
-    own_name,
-    raw_values,
-    resolve_paths,
-)
+from pipeline.recipe_file import name_files, read_recipe
 from stages.base import Settings
 from stages.engines.settings import ModelSettings
-from stages.errors import ConfigError
-from stages.explained import explained
 from stages.sources.settings import Source, Target
 from stages.synthesis.settings import (
     FilterSettings,
@@ -120,9 +114,7 @@ class SynthesisConfig(BaseModel):
     def portable_recipe(self) -> dict[str, Any]:
         """The recipe without `execution`, files called by their own names."""
         recipe = self.model_dump(mode="json", exclude={"execution"})
-        for item in [*recipe["avoid"]["sources"], *recipe["avoid"]["targets"]]:
-            paths = [item["path"]] if isinstance(item["path"], str) else item["path"]
-            item["path"] = [own_name(path) for path in paths]
+        name_files([*recipe["avoid"]["sources"], *recipe["avoid"]["targets"]])
         recipe["models"] = {name: model.portable() for name, model in self.models.items()}
         return recipe
 
@@ -140,11 +132,4 @@ def read_synthesis(path: str, overrides: Sequence[str] = ()) -> SynthesisConfig:
     Raises:
         ConfigError: the file is absent or no YAML, or a field is unknown, missing or out of range.
     """
-    raw = raw_values(path, overrides)
-    resolve_paths(raw, path)
-    if isinstance(raw.get("avoid"), dict):
-        resolve_paths(raw["avoid"], path)
-    try:
-        return SynthesisConfig.model_validate(raw)
-    except ValidationError as error:
-        raise ConfigError(explained(error, path, SynthesisConfig)) from error
+    return read_recipe(SynthesisConfig, path, overrides, within=("avoid",))

@@ -5,18 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-from pipeline.recipe_file import (
-    own_name,
-    raw_values,
-    resolve_paths,
-)
+from pipeline.recipe_file import name_files, read_recipe
 from stages.base import Settings
 from stages.dictionary.settings import Part
 from stages.engines.settings import ModelSettings
-from stages.errors import ConfigError
-from stages.explained import explained
 from stages.sources.settings import Source
 
 
@@ -152,9 +146,7 @@ class TrainSaeConfig(BaseModel):
     def portable_recipe(self) -> dict[str, Any]:
         """The recipe without `execution`, files called by their own names."""
         recipe = self.model_dump(mode="json", exclude={"execution"})
-        for source in recipe["sources"]:
-            paths = [source["path"]] if isinstance(source["path"], str) else source["path"]
-            source["path"] = [own_name(path) for path in paths]
+        name_files(recipe["sources"])
         recipe["models"] = {name: model.portable() for name, model in self.models.items()}
         return recipe
 
@@ -172,9 +164,4 @@ def read_train_sae(path: str, overrides: Sequence[str] = ()) -> TrainSaeConfig:
     Raises:
         ConfigError: the file is absent or no YAML, or a field is unknown, missing or out of range.
     """
-    raw = raw_values(path, overrides)
-    resolve_paths(raw, path)
-    try:
-        return TrainSaeConfig.model_validate(raw)
-    except ValidationError as error:
-        raise ConfigError(explained(error, path, TrainSaeConfig)) from error
+    return read_recipe(TrainSaeConfig, path, overrides)
