@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline.rejects import check_mostly_read
 from stages.engines import MaskedSequence
 from stages.errors import ConfigError, RowError
 from stages.ingest.parse import Row, iter_rows
@@ -122,13 +123,7 @@ def source_rows(
             heapq.heappush(highest, -key)
             if len(best) > count:
                 del best[-heapq.heappop(highest)]
-    limit = source.max_reject_rate
-    limit = IngestSettings().max_reject_rate if limit is None else limit
-    if read == 0 or rejected > limit * (read + rejected):
-        raise ConfigError(
-            f"sources: {source.name}: {rejected} of {read + rejected} records can't be read; mend "
-            "it, name its form, or raise its max_reject_rate"
-        )
+    check_mostly_read(source, read, rejected)
     return FoundRows([best[key] for key in sorted(best)], read, rejected, unusable)
 
 

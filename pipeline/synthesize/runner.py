@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pipeline import __version__
 from pipeline.config import changed_fields
 from pipeline.identity import endpoint_identity, library_version, model_settings
+from pipeline.rejects import reject_limit
 from pipeline.rundir import MANIFEST, RunLock
 from pipeline.synthesize.config import SynthesisConfig
 from stages.engines import Sampling
@@ -341,9 +342,7 @@ def _check_read(source: Source, count: dict[str, int]) -> None:
         ConfigError: it holds no row, or too many records that are none.
     """
     records = count["rows"] + count["unreadable"]
-    rate = source.max_reject_rate
-    limit = IngestSettings().max_reject_rate if rate is None else rate
-    if count["rows"] == 0 or count["unreadable"] > limit * records:
+    if count["rows"] == 0 or count["unreadable"] > reject_limit(source) * records:
         raise ConfigError(
             f"avoid: {source.name}: {count['unreadable']} of {records} records can't be read, so "
             "that problems can't be compared with them; mend it, name its form, or raise its "

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
+from pipeline.rejects import check_mostly_read
 from stages.engines import MaskedSequence
 from stages.errors import ConfigError, RowError
 from stages.ingest.parse import Row, iter_rows
@@ -107,7 +108,7 @@ class Pool:
                     sequence = self._usable(row.messages)
                     if sequence:
                         held_out.add(key, sequence)
-            _check_read(source, rows[source.name], rejected[source.name])
+            check_mostly_read(source, rows[source.name], rejected[source.name])
         self._rows = sum(rows.values())
         if not held_out.rows:
             raise ConfigError(
@@ -187,18 +188,3 @@ class _LowestRows:
         while self._tokens - (last := sum(self.rows[-self._highest[0]].keep)) >= self._wanted:
             del self.rows[-heappop(self._highest)]
             self._tokens -= last
-
-
-def _check_read(source: Source, rows: int, rejected: int) -> None:
-    """Refuse a source that mostly can't be read.
-
-    Raises:
-        ConfigError: it holds no row, or too many records that are none.
-    """
-    rate = source.max_reject_rate
-    limit = IngestSettings().max_reject_rate if rate is None else rate
-    if rows == 0 or rejected > limit * (rows + rejected):
-        raise ConfigError(
-            f"sources: {source.name}: {rejected} of {rows + rejected} records can't be read; mend "
-            "it, name its form, or raise its max_reject_rate"
-        )

@@ -21,7 +21,7 @@ from stages.mixture.bundle import BundleResult, optimal_mixture
 from stages.mixture.certificate import CutSums, cut_sums, full_cuts
 from stages.mixture.cuts import Cuts, lowest_point
 from stages.mixture.sample import FRESH_DRAWS, Rows, draws_of, kept_rows, lowest_rows
-from stages.mixture.simplex import FloatArray, row_weights
+from stages.mixture.simplex import FloatArray, IntArray, row_weights
 from stages.mixture.space import Space
 from stages.mixture.transport import Transport, c_transform, transport
 from stages.mixture.weightings import Neighbours, nearest_rows
@@ -276,10 +276,9 @@ def _shard_sums(
     space: Space,
     potentials: FloatArray,
 ) -> CutSums:
-    _, rows = kept_rows(table, decisions, sources)
-    vectors = space.vectors(rows.vectors) if len(rows.source) else np.empty((0, y.shape[1]))
+    vectors, source = _in_space(table, decisions, sources, y, space)
     return cut_sums(
-        vectors, rows.source, y, potentials, space.metric, len(sources), penalty=space.penalty
+        vectors, source, y, potentials, space.metric, len(sources), penalty=space.penalty
     )
 
 
@@ -292,9 +291,18 @@ def _shard_neighbours(
     space: Space,
     count: int,
 ) -> Neighbours:
+    vectors, source = _in_space(table, decisions, sources, y, space)
+    return nearest_rows(vectors, source, y, space, count)
+
+
+def _in_space(
+    table: pa.Table, decisions: pa.Table, sources: Sequence[str], y: FloatArray, space: Space
+) -> tuple[FloatArray, IntArray]:
+    """Vectors of a shard's rows that count, as the cost sees them, and the rows' sources."""
     _, rows = kept_rows(table, decisions, sources)
-    vectors = space.vectors(rows.vectors) if len(rows.source) else np.empty((0, y.shape[1]))
-    return nearest_rows(vectors, rows.source, y, space, count)
+    if not len(rows.source):
+        return np.empty((0, y.shape[1])), rows.source
+    return space.vectors(rows.vectors), rows.source
 
 
 def _mean_and_half_width(values: list[float]) -> tuple[float, float]:
