@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from sae_files import write_sparsify
 from safetensors.torch import load_file, save_file
 from sharded import Tables
 from test_dictionary import CODE, MATHS, MODELS, table
@@ -30,19 +31,6 @@ from stages.prototypes.artifact import read_prototypes
 from stages.prototypes.stage import PrototypesStage
 from stages.rows import Message
 from stages.storage import Store
-
-
-def write_sparsify(folder: Path, d: int, n: int, *, k: int = 4, seed: int = 0) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {
-        "encoder.weight": torch.randn(n, d, generator=generator) / d**0.5,
-        "encoder.bias": torch.zeros(n),
-        "W_dec": torch.randn(n, d, generator=generator) / d**0.5,
-        "b_dec": torch.randn(d, generator=generator),
-    }
-    save_file(weights, folder / "sae.safetensors")
-    (folder / "cfg.json").write_text(json.dumps({"k": k, "d_in": d, "num_latents": n}))
 
 
 @pytest.mark.parametrize("field", TRAINING_FIELDS)
