@@ -111,10 +111,14 @@ def finish_stage(
         }
         for name in files
     ]
-    digest = hashlib.sha256("".join(str(entry["sha256"]) for entry in listed).encode()).hexdigest()
-    manifest = {"stage": stage, **facts, "files": listed, "digest": digest}
+    manifest = {"stage": stage, **facts, "files": listed, "digest": files_digest(listed)}
     folder.write_json(MANIFEST, manifest)
     return manifest
+
+
+def files_digest(listed: Sequence[Mapping[str, Any]]) -> str:
+    """Hash of the files that a manifest lists."""
+    return hashlib.sha256("".join(str(entry["sha256"]) for entry in listed).encode()).hexdigest()
 
 
 def parts(run: Store, folder: str) -> list[str]:

@@ -65,6 +65,7 @@ def run_summary(run: Store, ended: Sequence[Event]) -> dict[str, Any]:
         "run": run.url,
         "manifest": run.child(f"{folder_of(last)}/{MANIFEST}").url,
         "rows": int(emitted["rows"]),
+        "digest": manifest["digest"],
         "done": [
             {
                 "stage": event.stage,

@@ -122,6 +122,7 @@ def test_stage_as_json_says_what_was_done_in_its_last_line(recipe: Any) -> None:
         said = json.loads(done.stdout.splitlines()[-1])
         manifest = json.loads(Path(said["manifest"]).read_text())
         assert said["rows"] == manifest["rows"] == 19
+        assert said["digest"] == manifest["digest"]
         assert [one["stage"] for one in said["done"]] == ["ingest"]
         states.append(said["done"][0]["state"])
     assert states == ["computed", "nothing to do"]

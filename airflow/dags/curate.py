@@ -2,7 +2,8 @@
 
 Every task runs `tamis stage`, which does what is missing and nothing else, so that a task may be
 retried or cleared at any time. `plan` checks the recipe and says which stages it has; the others
-are skipped. A stage of another package (`stages.NAME`) has no task here: `plan` fails and names it.
+are skipped, by the one before them. A stage of another package (`stages.NAME`) has no task here:
+`plan` fails and names it.
 
 The defaults of the params and the schedule are taken from the environment of the DAG processor:
 TAMIS_RECIPE, TAMIS_RUN and TAMIS_SCHEDULE. A schedule needs both params.
@@ -71,12 +72,15 @@ with DAG(
     tags=["tamis"],
 ) as dag:
     recipe = ["{{ params.recipe }}", "--set", "execution.run={{ params.run }}"]
-    plan = TamisOperator(task_id="plan", command=["plan", "--no-probe", *recipe], stages=STAGES)
+    plan = TamisOperator(
+        task_id="plan", command=["plan", "--no-probe", *recipe], stages=list(STAGES)
+    )
     tasks = [
         TamisOperator(
             task_id=stage,
             command=["stage", stage, *recipe],
             among="plan",
+            stages=list(STAGES),
             pool=GPU_POOL if where == "gpu" else "default_pool",
             trigger_rule="none_failed",
             outlets=[curated] if stage == "emission" else [],

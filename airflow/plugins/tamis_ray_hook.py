@@ -34,11 +34,13 @@ class Job(NamedTuple):
         status: PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED.
         message: what Ray says about it.
         exit_status: of its driver, None while it runs or where it had none.
+        metadata: what it was submitted with.
     """
 
     status: str
     message: str
     exit_status: int | None
+    metadata: Mapping[str, str]
 
     @property
     def is_over(self) -> bool:
@@ -66,7 +68,12 @@ class RayJobs:
             return None
         value = self._object(reply)
         message = str(value.get("message") or "")
-        return Job(str(value.get("status")), message, value.get("driver_exit_code"))
+        return Job(
+            status=str(value.get("status")),
+            message=message,
+            exit_status=value.get("driver_exit_code"),
+            metadata=value.get("metadata") or {},
+        )
 
     async def submit(
         self,
@@ -103,8 +110,14 @@ class RayJobs:
             ) from error
 
     async def delete(self, job_id: str) -> None:
-        """Forget a job that has ended, so that its id is free."""
-        await self._asked("DELETE", f"/api/jobs/{job_id}")
+        """Forget a job that has ended, so that its id is free, or another client's by now."""
+        try:
+            await self._asked("DELETE", f"/api/jobs/{job_id}")
+        except Unanswered:
+            # Ray has no status of its own for a job that is gone or, submitted anew, under way.
+            found = await self.job(job_id)
+            if found is not None and found.is_over:
+                raise
 
     async def logs(self, job_id: str) -> str:
         """All that a job's driver has written so far."""

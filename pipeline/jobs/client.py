@@ -130,12 +130,18 @@ class JobsClient:
                 return True
 
     def delete(self, job_id: str) -> None:
-        """Forget a job that has ended, so that its id is free.
+        """Forget a job that has ended, so that its id is free, or another client's by now.
 
         Raises:
             TamisError: the cluster doesn't answer, or refuses.
         """
-        self._asked("DELETE", f"/api/jobs/{job_id}", missing=True)
+        try:
+            self._asked("DELETE", f"/api/jobs/{job_id}", missing=True)
+        except Unanswered:
+            # Ray has no status of its own for a job that is gone or, submitted anew, under way.
+            found = self.job(job_id)
+            if found is not None and found.is_over:
+                raise
 
     def stop(self, job_id: str) -> None:
         """Ask a job to end: SIGTERM, and some seconds later SIGKILL.

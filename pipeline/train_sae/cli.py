@@ -60,6 +60,7 @@ def _train(recipe: str, overrides: list[str], as_json: bool) -> None:
             {
                 "run": run,
                 "manifest": f"{run.rstrip('/')}/{MANIFEST}",
+                "digest": done.digest,
                 "held_out": {name: held_out[name] for name in ("fvu", "l0", "ce_recovered")},
                 "done": [{"stage": "train-sae", "state": state}],
             }

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import __version__
 from pipeline.config import changed_fields
-from pipeline.rundir import IDENTITY, MANIFEST, RunLock
+from pipeline.rundir import IDENTITY, MANIFEST, RunLock, files_digest
 from pipeline.train_sae.checkpoint import (
     CHECKPOINT,
     TrainingState,
@@ -93,9 +93,10 @@ Show = Callable[[Progress], None]
 
 @dataclass(frozen=True)
 class TrainedSae:
-    """A finished training: its report, and whether it was there before."""
+    """A finished training: its report, a hash of its files, and whether it was there before."""
 
     report: dict[str, Any]
+    digest: str
     was_complete: bool
 
 
@@ -131,7 +132,7 @@ class _Training:
         with RunLock(self._store):
             if self._is_complete(identity):
                 self._store.remove(CHECKPOINT)
-                return TrainedSae(self._store.read_json(REPORT), was_complete=True)
+                return self._finished(was_complete=True)
             tokenizer = cached_tokenizer(config.student)
 
             def sequenced(messages: Sequence[Message]) -> MaskedSequence:
@@ -146,7 +147,11 @@ class _Training:
             losses = self._losses(sae, survey.held_out)
             report = self._report(survey, points[-1], reconstruction, losses)
             self._write(sae, points, report, identity)
-            return TrainedSae(report, was_complete=False)
+            return self._finished(was_complete=False)
+
+    def _finished(self, *, was_complete: bool) -> TrainedSae:
+        digest = files_digest(self._store.read_json(MANIFEST)["files"])
+        return TrainedSae(self._store.read_json(REPORT), digest, was_complete)
 
     def _check(self) -> None:
         """What can be wrong before a model is loaded."""

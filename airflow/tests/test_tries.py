@@ -1,0 +1,254 @@
+"""A task's tries on a real Ray cluster, by the steps that workers and triggerers take.
+
+The scheduler is played by the tests: it alone decides who goes on, and these tests decide otherwise
+than it would.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+from airflow.sdk.exceptions import AirflowException, AirflowFailException, TaskDeferred
+from airflow.sdk.module_loading import import_string
+from conftest import ROOT, TAMIS_BIN, drivers, jobs_in, scored, wait_for
+
+sys.path.insert(0, str(ROOT / "airflow/plugins"))
+
+import tamis_ray_trigger
+from tamis_ray_hook import RayJobsHook
+from tamis_ray_operator import TamisOperator, job_id_of
+from tamis_ray_trigger import RayJobTrigger
+
+
+@pytest.fixture(autouse=True)
+def known(connections: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in connections.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(scope="session")
+def ingested(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A recipe; in the run directory `run` beside it difficulty is to be done, and takes long."""
+    folder = tmp_path_factory.mktemp("long")
+    recipe = scored(folder, 800)
+    place = f"execution.run={folder / 'run'}"
+    done = subprocess.run(
+        [str(TAMIS_BIN / "python"), "-m", "pipeline", "stage", "ingest", recipe, "--set", place],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return recipe
+
+
+class Task(NamedTuple):
+    """A task that computes a stage, in one of its tries."""
+
+    recipe: str
+    run: Path
+    stage: str = "difficulty"
+    dag: str = "curate"
+    conn_id: str = "ray_default"
+    job_timeout: timedelta | None = None
+
+    @property
+    def command(self) -> list[str]:
+        return ["stage", self.stage, self.recipe, "--set", f"execution.run={self.run}"]
+
+    def operator(self) -> TamisOperator:
+        return TamisOperator(
+            task_id=self.stage, command=self.command, conn_id=self.conn_id,
+            job_timeout=self.job_timeout, poll_s=0.5,
+        )  # fmt: skip
+
+    def context(self, number: int) -> Any:
+        return {"ti": SimpleNamespace(
+            dag_id=self.dag, run_id="some", task_id=self.stage, map_index=-1, try_number=number,
+        )}  # fmt: skip
+
+    @property
+    def job_id(self) -> str:
+        return job_id_of(self.context(1)["ti"], self.command)
+
+    def deferred(self, number: int) -> RayJobTrigger:
+        """Try a task: the trigger that it waits by, as it comes out of the database."""
+        with pytest.raises(TaskDeferred) as caught:
+            self.operator().execute(self.context(number))
+        return from_database(caught.value.trigger)
+
+    def finish(self, number: int, event: dict[str, str]) -> None:
+        self.operator().finish(self.context(number), event)
+
+
+@pytest.fixture
+def task(ingested: str) -> Iterator[Task]:
+    """A task whose job goes on for minutes; it is stopped in the end."""
+    task = Task(ingested, Path(ingested).parent / "run")
+    yield task
+    asyncio.run(RayJobsHook().get_conn().stop(task.job_id))
+
+
+def from_database(trigger: RayJobTrigger) -> RayJobTrigger:
+    path, arguments = trigger.serialize()
+    revived = import_string(path)(**json.loads(json.dumps(arguments)))
+    assert isinstance(revived, RayJobTrigger)
+    return revived
+
+
+def event_of(trigger: RayJobTrigger) -> dict[str, str]:
+    async def first() -> Any:
+        return (await anext(trigger.run())).payload
+
+    payload: dict[str, str] = asyncio.run(first())
+    return payload
+
+
+def status(cluster: str, task: Task) -> str:
+    return str(jobs_in(cluster, task.run)[task.job_id]["status"])
+
+
+def test_triggerer_and_worker_that_are_started_anew_find_the_job(
+    cluster: str, connections: dict[str, str], task: Task
+) -> None:
+    trigger = task.deferred(1)
+    wait_for(lambda: drivers(task.run))
+    (driver,) = drivers(task.run)
+
+    async def ended_by_a_shutdown() -> None:
+        waiting = asyncio.create_task(anext(trigger.run()))
+        await asyncio.wait([waiting], timeout=1)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        await trigger.cleanup()
+
+    asyncio.run(ended_by_a_shutdown())
+    assert status(cluster, task) == "RUNNING"
+    # A worker that was lost after it had submitted: another process, which knows nothing of it.
+    code = f"""
+import sys
+sys.path[:0] = [{str(ROOT / "airflow/plugins")!r}, {str(ROOT / "airflow/tests")!r}]
+from types import SimpleNamespace
+from tamis_ray_operator import TamisOperator
+task = TamisOperator(task_id="difficulty", command={task.command!r})
+ti = SimpleNamespace(
+    dag_id="curate", run_id="some", task_id="difficulty", map_index=-1, try_number=2
+)
+try:
+    task.execute({{"ti": ti}})
+except BaseException as error:
+    print("RAISED", type(error).__name__, error.trigger.job_id)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **connections},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert f"RAISED TaskDeferred {task.job_id}" in done.stdout, done.stderr
+    assert status(cluster, task) == "RUNNING"
+    assert drivers(task.run) == [driver]
+    again = from_database(trigger)
+    asyncio.run(again.on_kill())
+    assert event_of(again) == {"why": "ended"}
+    assert status(cluster, task) == "STOPPED"
+    assert drivers(task.run) == []
+
+
+def test_cleared_task_that_comes_back_before_its_job_has_ended_submits_it_anew(
+    cluster: str, task: Task
+) -> None:
+    first = task.deferred(1)
+    wait_for(lambda: drivers(task.run))
+    (driver,) = drivers(task.run)
+    second = task.deferred(2)
+    assert drivers(task.run) == [driver]
+    asyncio.run(first.on_kill())
+    event = event_of(second)
+    with pytest.raises(TaskDeferred) as caught:
+        task.finish(2, event)
+    wait_for(lambda: drivers(task.run) not in ([], [driver]))
+    assert jobs_in(cluster, task.run)[task.job_id]["metadata"]["airflow_try"] == "2"
+    # Its own job, stopped by somebody else: that is for the retries.
+    third = from_database(caught.value.trigger)
+    asyncio.run(third.on_kill())
+    with pytest.raises(AirflowException, match="stopped") as stopped:
+        task.finish(2, event_of(third))
+    assert not isinstance(stopped.value, AirflowFailException)
+
+
+def test_job_that_takes_too_long_is_stopped_and_a_retry_submits_it_anew(
+    cluster: str, task: Task
+) -> None:
+    task = task._replace(job_timeout=timedelta(seconds=3))
+    trigger = task.deferred(1)
+    wait_for(lambda: drivers(task.run))
+    event = event_of(trigger)
+    assert status(cluster, task) == "STOPPED"
+    assert drivers(task.run) == []
+    with pytest.raises(AirflowException, match="was stopped after 0:00:03") as late:
+        task.finish(1, event)
+    assert not isinstance(late.value, AirflowFailException)
+    task.deferred(2)
+    assert status(cluster, task) in ("PENDING", "RUNNING")
+
+
+def test_directory_in_use_is_said_and_tried_again(task: Task) -> None:
+    task.deferred(1)
+    wait_for((task.run / "lock.json").exists)
+    other = task._replace(dag="nightly")
+    with pytest.raises(AirflowException, match="busy: ") as busy:
+        other.finish(1, event_of(other.deferred(1)))
+    assert not isinstance(busy.value, AirflowFailException)
+    assert str(task.run) in str(busy.value)
+
+
+def test_tries_that_meet_an_ended_job_at_once_submit_it_once(cluster: str, task: Task) -> None:
+    jobs = RayJobsHook().get_conn()
+
+    async def met() -> None:
+        tries = (task.operator()._submitted(jobs, task.job_id, "1") for _ in range(4))
+        await asyncio.gather(*tries)
+
+    asyncio.run(jobs.submit(task.job_id, "false", {}, {}))
+    wait_for(lambda: asyncio.run(jobs.job(task.job_id)).status == "FAILED")
+    asyncio.run(met())
+    wait_for(lambda: drivers(task.run))
+    (driver,) = drivers(task.run)
+    # One that was slow to delete what it had found to have ended.
+    asyncio.run(jobs.delete(task.job_id))
+    assert status(cluster, task) == "RUNNING"
+    assert drivers(task.run) == [driver]
+
+
+def test_wait_ends_where_the_cluster_is_gone_refuses_or_has_forgotten(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tamis_ray_trigger, "_SILENCE_S", 1.0)
+
+    def wait(conn_id: str) -> None:
+        trigger = from_database(RayJobTrigger(conn_id, "nobody", None, 0.5))
+        task.finish(1, event_of(trigger))
+
+    with pytest.raises(AirflowException, match="no Ray dashboard answers") as down:
+        wait("ray_dead")
+    assert not isinstance(down.value, AirflowFailException)
+    with pytest.raises(AirflowFailException, match="refuses the token"):
+        wait("ray_wrong")
+    with pytest.raises(AirflowException, match="no longer knows job nobody") as lost:
+        wait("ray_default")
+    assert not isinstance(lost.value, AirflowFailException)
+
+
+def test_cluster_that_refuses_or_is_down_is_said_before_anything_is_submitted(task: Task) -> None:
+    with pytest.raises(AirflowFailException, match="refuses the token"):
+        task._replace(conn_id="ray_wrong").deferred(1)
+    with pytest.raises(Exception, match="no Ray dashboard answers") as down:
+        task._replace(conn_id="ray_dead").deferred(1)
+    assert not isinstance(down.value, AirflowFailException)
