@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from conftest import ROOT
 
 import stages as st
@@ -20,7 +21,6 @@ from pipeline.status import status_table
 from pipeline.verify import verified_files
 from pipeline.why import story
 from stages.errors import ConfigError
-from stages.extensions import extension_stage
 
 STAGE = """
 import pyarrow as pa
@@ -169,7 +169,12 @@ def test_a_session_runs_it_too(install: Callable[..., None], rows_of: Any) -> No
     install()
     with st.Session(progress=False) as session:
         rows = session.ingest({"apples": rows_of("apples", 0, 6)}).rows
-        rows = session.with_columns(extension_stage("brevity", {"longest": 18}, {}, 0), rows)
+        rows = session.extension(rows, "brevity", longest=18)
+        dataset = session.emission(session.selection(rows))
+        with pytest.raises(ConfigError, match="did you mean 'longest'"):
+            session.extension(rows, "brevity", longst=18)
+    said = yaml.safe_load(dataset.files["recipe.yaml"])
+    assert said["stages"] == {"brevity": {"where": None, "limit": None, "longest": 18}}
     expected = [len(row["messages"][-1]["content"]) <= 18 for row in rows]
     assert [row["is_brief"] for row in rows] == expected
 

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
+import json
 import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import STUDENT
 from datasets import Dataset
-from engine_fakes import CountedEngines
+from engine_fakes import CountedEngines, FakeReader
+from pydantic import BaseModel
 
 import stages as st
+from pipeline.config import Recipe
+from stages.engines import MaskedSequence, RowConcepts
 from stages.engines.settings import ModelSettings
 from stages.errors import ConfigError, StageError
 
@@ -84,6 +90,108 @@ def test_session_gives_what_a_run_gives(
     assert dataset.rows.to_pylist() == written.to_pylist()
 
 
+@pytest.fixture
+def with_concepts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader without a model has no gradients: concepts are made of the tokens' numbers."""
+
+    def made_up(sequence: MaskedSequence) -> RowConcepts:
+        ids = np.array(sequence.ids, np.int32)[:, None] % 16
+        return RowConcepts(ids, ids.astype(np.float32), ids[:2, 0], np.ones(2, np.float32))
+
+    def concepts(_self: Any, sequences: Any, *_: Any) -> list[RowConcepts]:
+        return [made_up(sequence) for sequence in sequences]
+
+    monkeypatch.setattr(FakeReader, "concepts", concepts)
+
+
+def test_scores_concepts_and_explanations_are_those_of_a_run(
+    recipe: Any, execute: Any, session: Any, with_concepts: None
+) -> None:
+    scores = {"scores": ["random", "longest", "bm25", "embedding", "hidden"], "by_target": True}
+    for section in ("difficulty", "reflection"):
+        del recipe.value[section]
+    recipe.value |= {
+        "features": {"active_above": 0.0},
+        "concepts": {"where": "source == 'apples'", "per_row": 3},
+        "baselines": scores | {"limit": 15},
+        "valuation": {"share": 0.5},
+        "selection": {"score": "transport_value", "share": 0.8},
+        "explanation": {"rows": 4, "latents": 3},
+    }
+    execute()
+    run, folder = recipe.run_folder, recipe.path.parent
+    found = session.ingest(
+        {"apples": str(folder / "apples.jsonl"), "pears": str(folder / "pears.jsonl")},
+        {"plums": str(folder / "plums.jsonl")},
+        rows_per_shard=8,
+    )
+    rows, targets = found.rows, found.targets
+    dictionary = session.dictionary(rows, layer=2, expansion=2, k=4, steps=6, batch=32)
+    prototypes = session.prototypes(rows, targets, dictionary, active_above=0.0)
+    rows, targets = session.features(rows, prototypes), session.features(targets, prototypes)
+    rows = session.concepts(rows, dictionary, where="source == 'apples'", per_row=3)
+    rows, targets = session.embedding(rows), session.embedding(targets)
+    rows = session.baselines(rows, targets, **scores, limit=15)
+    rows = session.valuation(rows, targets, share=0.5)
+    for stage, names in {
+        "features": ["active_features"],
+        "concepts": ["concept_input_ids", "concept_ids", "concept_row_ids", "concepts_status"],
+        "baselines": [
+            "random", "longest", "bm25", "embedding_similarity", "hidden_similarity",
+            "bm25_by_target", "baselines_status",
+        ],
+        "valuation": ["transport_value", "valuation_status"],
+    }.items():  # fmt: skip
+        written = columns_of(run, stage, *names)
+        for name in names:
+            assert rows[name].to_pylist() == written[name], name
+    assert rows["baselines_status"].to_pylist().count("not_requested") == 4
+
+    selected = session.selection(rows, targets, score="transport_value", share=0.8)
+    decisions = pq.read_table(run / "selection" / "decisions.parquet")
+    assert selected.decisions.to_pydict() == decisions.to_pydict()
+    explained = session.explanation(selected, prototypes, rows=4, latents=3)
+    written = json.loads((run / "explanation" / "explanations.json").read_text())
+    assert explained.to_pylist() == written
+
+    mixture = session.mixture(selected, targets, budget_rows=8, tolerance=0.05)
+    dataset = session.emission(selected, targets, mixture, name="small")
+    for shard in sorted((run / "dataset").glob("*/*.parquet")):
+        name = f"{shard.parent.name}/{shard.name}"
+        table = pq.read_table(pa.BufferReader(dataset.files[name]))
+        assert table.to_pylist() == pq.read_table(shard).to_pylist(), name
+    said = (run / "dataset" / "concepts" / "dictionary.json").read_bytes()
+    assert dataset.files["concepts/dictionary.json"] == said
+    page = dataset.files["report.html"].decode()
+    assert all(row["id"] in page for row in written)
+    other = session.selection(rows, targets, score="transport_value", share=0.5)
+    page = session.emission(other, targets, name="other").files["report.html"].decode()
+    assert "What made rows similar" not in page
+
+
+def test_every_section_of_a_recipe_is_a_method_that_takes_its_fields_as_keywords() -> None:
+    elsewhere = {"allocation": "rollouts", "sources": "ingest", "targets": "ingest",
+                 "stages": "extension"}  # fmt: skip
+    given = {"contamination": "ingest", "license_policy": "selection"}
+    plain = {"name", "seed", "models", "max_failed_share"}
+    for section, field in Recipe.model_fields.items():
+        if section in plain:
+            continue
+        if section in given:
+            assert section in inspect.signature(getattr(st.Session, given[section])).parameters
+            continue
+        method = getattr(st.Session, elsewhere.get(section, section))
+        shown = inspect.signature(method).parameters
+        if section == "features":
+            shown = shown | inspect.signature(st.Session.prototypes).parameters
+        kinds = [one for one in getattr(field.annotation, "__args__", (field.annotation,))
+                 if isinstance(one, type) and issubclass(one, BaseModel)]  # fmt: skip
+        if section in ("sources", "targets"):
+            continue
+        for name in {name for kind in kinds for name in kind.model_fields}:
+            assert shown[name].kind is inspect.Parameter.KEYWORD_ONLY, (section, name)
+
+
 KINDS = {
     "arrow": lambda table: table,
     "pandas": lambda table: table.to_pandas(),
@@ -113,6 +221,38 @@ def test_rows_come_back_as_the_kind_that_they_came_in(
     selected = session.selection(rows, score="ifd", rows=4)
     assert type(selected.kept) is type(given)
     assert (len(selected.kept), len(selected.dropped)) == (4, 6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_columns_of_every_stage_pass_through_every_kind(
+    kind: str, session: Any, rows_of: Any, with_concepts: None
+) -> None:
+    found = session.ingest(
+        {"apples": pa.Table.from_pylist(rows_of("apples", 0, 9))},
+        {"plums": pa.Table.from_pylist(rows_of("plums", 0, 4))},
+    )
+
+    def worked(rows: Any, targets: Any) -> tuple[Any, Any]:
+        dictionary = session.dictionary(rows, layer=2, expansion=2, k=4, steps=6, batch=32)
+        prototypes = session.prototypes(rows, targets, dictionary)
+        rows = session.concepts(session.features(rows, prototypes), dictionary)
+        rows, targets = session.embedding(rows), session.embedding(targets)
+        rows = session.baselines(rows, targets, scores=["bm25", "embedding"], by_target=True)
+        rows = session.valuation(rows, targets)
+        selected = session.selection(rows, score="transport_value", rows=5)
+        return rows, session.explanation(selected, prototypes, rows=3)
+
+    def listed(rows: Any) -> list[dict[str, Any]]:
+        if isinstance(rows, pd.DataFrame):
+            rows = pa.Table.from_pandas(rows, preserve_index=False)
+        return rows.to_pylist() if isinstance(rows, pa.Table) else list(rows)
+
+    expected = worked(found.rows, found.targets)
+    given = KINDS[kind](found.rows), KINDS[kind](found.targets)
+    made = worked(*given)
+    for mine, arrow, asked in zip(made, expected, given, strict=True):
+        assert type(mine) is type(asked)
+        assert listed(mine) == arrow.to_pylist()
 
 
 def test_records_of_every_kind_are_ingested_alike(session: Any, rows_of: Any) -> None:
@@ -242,10 +382,51 @@ def test_mistakes_are_named_before_a_model_is_loaded(
         (lambda: session.ingest({"apples": "gone.jsonl"}), "gone.jsonl"),
         (lambda: session.ingest({"apples": [{"question": object()}]}), "written as JSON"),
         (lambda: session.dictionary(rows, path="sae", layer=2), "needs targets too"),
+        (lambda: session.baselines(rows), "scores: missing"),
+        (lambda: session.baselines(rows, scores=["bm26"]), "baselines can't be used: scores"),
+        (lambda: session.baselines(rows, scores=["bm25"]), "bm25 compares rows with targets"),
+        (lambda: session.baselines(rows, rows, scores=["embedding"]), r"session\.embedding first"),
+        (
+            lambda: session.baselines(rows, rows, scores=["bm25"]),
+            r"'task', which these targets.*session\.ingest\(\.\.\., targets\) adds it",
+        ),
+        (lambda: session.valuation(rows, rows), r"'embedding'.*session\.embedding adds it"),
+        (lambda: session.extension(rows, "brevty"), "no installed package offers"),
     ):
         with pytest.raises(ConfigError, match=message):
             call()
     assert engines.opened == []
+
+
+def test_scores_that_need_no_model_ask_for_none(rows_of: Any) -> None:
+    with st.Session(progress=False) as session:
+        found = session.ingest({"a": rows_of("apples", 0, 5)}, {"t": rows_of("plums", 0, 2)})
+        rows = session.baselines(found.rows, found.targets, scores=["random", "bm25"])
+        assert all(row["bm25"] > 0 for row in rows)
+        with pytest.raises(ConfigError, match="baselines needs a model as its student"):
+            session.baselines(found.rows, scores=["longest"])
+    with pytest.raises(ConfigError, match="this session is closed"):
+        session.baselines(found.rows, scores=["random"])
+    with pytest.raises(ConfigError, match="this session is closed"):
+        session.ingest({"a": rows_of("apples", 0, 5)})
+
+
+def test_targets_need_the_columns_that_rows_have(session: Any, rows_of: Any) -> None:
+    found = session.ingest({"a": rows_of("apples", 0, 6)}, {"t": rows_of("plums", 0, 3)})
+    rows = session.embedding(found.rows)
+    for call in (
+        lambda: session.valuation(rows, found.targets),
+        lambda: session.mixture(session.selection(rows), found.targets),
+    ):
+        with pytest.raises(ConfigError, match=r"'embedding', which these targets.*session\.emb"):
+            call()
+    dictionary = session.dictionary(rows, layer=2, expansion=2, k=4, steps=6, batch=32, rows=4)
+    prototypes = session.prototypes(rows, found.targets, dictionary, active_above=0.0)
+    rows = session.features(rows, prototypes)
+    with pytest.raises(ConfigError, match="'active_features', which these targets"):
+        session.selection(rows, found.targets)
+    report = session.selection(rows).report["activation_coverage"]
+    assert (report["target_features"], report["kept_rows"]) == (0, None)
 
 
 def test_budget_of_emission_is_the_mixtures(session: Any, rows_of: Any) -> None:

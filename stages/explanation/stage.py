@@ -15,10 +15,38 @@ from stages.dictionary.settings import DictionarySettings
 from stages.engines.settings import ModelSettings
 from stages.explanation.settings import ExplanationSettings
 from stages.features.settings import FeaturesSettings
-from stages.rows import canonical_json, key_hash
+from stages.rows import LABEL, canonical_json, key_hash
 from stages.storage import Store
 
 EXPLANATIONS = "explanations.json"
+
+_PLACE = pa.struct(
+    [
+        ("before", pa.string()),
+        ("token", pa.string()),
+        ("after", pa.string()),
+        ("activation", pa.float64()),
+    ]
+)
+_LATENT = pa.struct(
+    [
+        ("latent", pa.int64()),
+        ("share", pa.float64()),
+        ("row", pa.float64()),
+        ("prototype", pa.float64()),
+        ("places", pa.list_(_PLACE)),
+    ]
+)
+EXPLAINED = pa.schema(
+    [
+        ("id", pa.string()),
+        ("source", LABEL),
+        ("task", pa.string()),
+        ("similarity", pa.float64()),
+        ("latents", pa.list_(_LATENT)),
+    ]
+)
+"""The explanations as a table."""
 
 
 class ExplanationStage:

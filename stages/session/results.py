@@ -40,6 +40,7 @@ class Fitted:
         report: its numbers.
         store: the folder that holds it, as long as the session is open.
         settings: what later stages need to know of how it was made.
+        files: names of its files in that folder.
         artifacts: the artifacts that it was made with.
     """
 
@@ -47,12 +48,13 @@ class Fitted:
     report: Mapping[str, Any]
     store: Store = field(repr=False)
     settings: Settings = field(repr=False)
+    files: tuple[str, ...]
     artifacts: Mapping[str, Fitted] = field(default_factory=dict, repr=False)
 
     def save(self, url: str) -> None:
         """Write its files into a folder, a path or fsspec URL, to keep them."""
         folder = Store(url)
-        for name in self.store.names():
+        for name in self.files:
             folder.write_bytes(name, self.store.read_bytes(name))
 
 

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import io
-import json
-import tempfile
 import time
-import weakref
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from types import TracebackType
-from typing import Any, Self, TypeVar, cast
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,17 +16,13 @@ from pydantic import BaseModel, ValidationError
 from stages.allocation.rollouts import RolloutsStage
 from stages.allocation.settings import AllocationSettings, RolloutsSettings
 from stages.allocation.stage import AllocationStage
-from stages.base import (
-    UNSEEN,
-    Checked,
-    FitStage,
-    RowSettings,
-    RowStage,
-    SetStage,
-    Settings,
-    check_endpoints,
-    checked_columns,
-)
+from stages.base import UNSEEN, Settings
+from stages.baselines.readers import Readers
+from stages.baselines.settings import BaselinesSettings
+from stages.baselines.stage import BaselinesStage
+from stages.baselines.targets import BaselineTargetsStage
+from stages.concepts.settings import ConceptsSettings
+from stages.concepts.stage import ConceptsStage
 from stages.dictionary.settings import DictionarySettings
 from stages.dictionary.stage import DictionaryStage
 from stages.difficulty.settings import DifficultySettings
@@ -41,9 +32,11 @@ from stages.embedding.stage import EmbeddingStage
 from stages.emission.settings import EmissionSettings
 from stages.emission.stage import EmissionStage
 from stages.engines.local import make_engine
-from stages.engines.model_files import model_identity
 from stages.errors import ConfigError
 from stages.explained import explained
+from stages.explanation.settings import ExplanationSettings
+from stages.explanation.stage import EXPLAINED, EXPLANATIONS, ExplanationStage
+from stages.extensions import extension_stage, stage_class
 from stages.features.settings import FeaturesSettings
 from stages.features.stage import FeaturesStage
 from stages.ingest import ingest
@@ -61,38 +54,31 @@ from stages.reasoning.stage import ReasoningStage
 from stages.reflection.probe import REPLIES, RepliesStage
 from stages.reflection.settings import ReflectionSettings
 from stages.reflection.stage import ReflectionStage
-from stages.requests import lowest_keys, not_requested_columns, requested_rows
 from stages.rows import REJECTS, ROWS, TARGETS
-from stages.rules import rule_columns, rule_mask
+from stages.selection.activation_coverage import ACTIVE
 from stages.selection.settings import RESPONSE_REWRITTEN, SelectionSettings
 from stages.selection.stage import SelectionStage
-from stages.session.background import BackgroundLoop
 from stages.session.keywords import takes
-from stages.session.kinds import Rows, arrow_table, is_rows, same_kind
-from stages.session.memory import MemoryColumns, view_of
-from stages.session.models import MakeEngine, ModelLike, OpenModels, model_settings
+from stages.session.kinds import Rows, same_kind
+from stages.session.models import MakeEngine, ModelLike, model_settings
 from stages.session.results import Emitted, Fitted, Ingested, Mixed, Selected
+from stages.session.runner import Runner, check_columns
+from stages.session.sources import facts_of, in_memory, json_lines
 from stages.sources.settings import Source, Target
 from stages.storage import Store
 from stages.thinking.settings import ThinkingSettings
 from stages.thinking.stage import ThinkingStage
+from stages.valuation.potentials import PotentialsStage
+from stages.valuation.settings import ValuationSettings
+from stages.valuation.stage import ValuationStage
 
 S = TypeVar("S", bound=BaseModel)
 
 _MODELS = ("student", "teacher", "model", "gradient_model", "judge", "encoder")
 """Fields of settings that name a model."""
 
-_ADDED_BY = {
-    **dict.fromkeys(ROWS.names, "ingest"),
-    "pass_rate": "pass_rate",
-    "rollout_verdicts": "pass_rate",
-    "embedding": "embedding",
-    "similarity": "features",
-}
-"""What to call for a column that rows lack."""
 
-
-class Session:
+class Session(Runner):
     """What stages share while rows are worked on in memory: models, a seed, and where they write.
 
     Rows are an Arrow table, a pandas frame, a list of dicts or a `datasets.Dataset`, and come back
@@ -127,48 +113,15 @@ class Session:
         Raises:
             ConfigError: a model's fields are wrong.
         """
-        self.seed = seed
-        self._step, self._progress = rows_per_step, progress
         self._models = {n: model_settings(n, value) for n, value in (models or {}).items()}
-        folder = tempfile.TemporaryDirectory(prefix="tamis-")
-        self._store = Store(folder.name)
-        self._loop = BackgroundLoop()
-        self._open = OpenModels(self._store.child("generations"), make)
-        self._types: dict[str, pa.DataType] = dict(zip(TARGETS.names, TARGETS.types, strict=True))
+        super().__init__(seed, rows_per_step, progress, make)
         self._sections: dict[str, Settings] = {}
-        self._records: dict[str, Store] = {}
+        self._extensions: dict[str, Settings] = {}
         self._sources: dict[str, dict[str, Any]] = {}
         self._pools: list[Source] = []
         self._unseen: ContaminationSettings | None = None
         self._unseen_rows = self._store.child(UNSEEN)
-        self._made = 0
-        self._end = weakref.finalize(self, _end, self._open, self._loop, folder)
-
-    def __enter__(self) -> Self:
-        """Nothing to open."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close it."""
-        self.close()
-
-    def close(self) -> None:
-        """Free the models and remove temporary files; the session can't be used again."""
-        self._end()
-
-    def load_models(self, stage: RowStage | FitStage) -> None:
-        """Load the models of a stage, where they aren't yet."""
-        self._check(stage)
-        self._open.loaded(stage.engines())
-
-    def free_models(self) -> None:
-        """Free the models and keep the rest; what asks next loads its own again."""
-        self._open.close()
+        self._explained: Selected[Any] | None = None
 
     @takes(IngestSettings)
     def ingest(
@@ -207,12 +160,12 @@ class Session:
         report = ingest(pools, goals, chosen, folder, contamination=unseen).as_dict()
         if unseen.sets or (unseen.targets and goals):
             self._keep_unseen(unseen, folder.child(UNSEEN))
-        self._sources |= {source.name: _facts_of(source) for source in pools}
+        self._sources |= {source.name: facts_of(source) for source in pools}
         known = {source.name for source in pools}
         self._pools = [*(one for one in self._pools if one.name not in known), *pools]
         self._record("ingest", folder, report=report, seconds=time.monotonic() - started)
         kind: Any = next(
-            (data for value in sources.values() if (data := _in_memory(value)) is not None),
+            (data for value in sources.values() if (data := in_memory(value)) is not None),
             ROWS.empty_table(),
         )
         return Ingested(
@@ -257,9 +210,11 @@ class Session:
         own = {k: settings.pop(k) for k in RolloutsSettings.model_fields if k in settings}
         shared = self._section("allocation", AllocationSettings, settings)
         drawn = self._section("rollouts", RolloutsSettings, own)
+        stage = RolloutsStage(drawn, pilot, self._models, self.seed)
         table = self._table(rows)
+        self.check(stage, table)
         stores = {"allocation": self.fitted(AllocationStage(shared, pilot), table).store}
-        return self.with_columns(RolloutsStage(drawn, pilot, self._models, self.seed), rows, stores)
+        return self.with_columns(stage, rows, stores)
 
     @takes(ReasoningSettings)
     def reasoning(self, rows: Rows, **settings: Any) -> Rows:
@@ -289,6 +244,7 @@ class Session:
         if self._unseen is not None:
             stores[UNSEEN] = self._unseen_rows
         if REPLIES in stage.artifacts():
+            self.check(stage, table)
             replies = RepliesStage(chosen, self._models, self.seed)
             stores[REPLIES] = self.fitted(replies, table).store
         return self.with_columns(stage, rows, stores)
@@ -300,11 +256,11 @@ class Session:
         return self.with_columns(PrefixesStage(chosen, self._models, self.seed), rows)
 
     @takes(DictionarySettings)
-    def dictionary(self, rows: object, targets: object = None, **settings: Any) -> Fitted:
+    def dictionary(self, pool: object, targets: object = None, **settings: Any) -> Fitted:
         """A sparse autoencoder of the student's residual stream, trained on rows or brought along.
 
         Args:
-            rows: it is trained on a sample of them.
+            pool: rows; it is trained on a sample of them.
             targets: one that is brought (`path`) is measured on them, and needs them.
             settings: of `dictionary`.
         """
@@ -312,7 +268,7 @@ class Session:
         if chosen.path is not None and targets is None:
             raise ConfigError("dictionary: an autoencoder that is brought needs targets too")
         stage = DictionaryStage(chosen, self._models, self.seed)
-        return self.fitted(stage, self._table(rows), self._targets(targets))
+        return self.fitted(stage, self._table(pool), self._targets(targets))
 
     @takes(FeaturesSettings, leave=("where", "limit"))
     def prototypes(
@@ -332,7 +288,7 @@ class Session:
         fitted = self.fitted(
             stage, self._table(rows), self._targets(targets), {"dictionary": dictionary}
         )
-        return Fitted(fitted.name, fitted.report, fitted.store, chosen, fitted.artifacts)
+        return replace(fitted, settings=chosen)
 
     def features(
         self,
@@ -353,16 +309,95 @@ class Session:
         asked = {"where": where, "limit": limit}
         settings = cast(FeaturesSettings, prototypes.settings).model_dump() | asked
         chosen = self._section("features", FeaturesSettings, settings)
-        dictionary = prototypes.artifacts["dictionary"]
-        stage = FeaturesStage(chosen, cast(DictionarySettings, dictionary.settings), self._models)
-        stores = {"dictionary": dictionary.store, "prototypes": prototypes.store}
-        return self.with_columns(stage, rows, stores)
+        dictionary = self._named(prototypes.artifacts["dictionary"])
+        stage = FeaturesStage(chosen, dictionary, self._models)
+        stores = {name: fitted.store for name, fitted in prototypes.artifacts.items()}
+        return self.with_columns(stage, rows, stores | {"prototypes": prototypes.store})
+
+    @takes(ConceptsSettings)
+    def concepts(self, rows: Rows, dictionary: Fitted, **settings: Any) -> Rows:
+        """Rows with the latents that bear most on what comes after each token.
+
+        Args:
+            rows: their text is read forward and backward.
+            dictionary: whose latents are meant.
+            settings: of `concepts`.
+        """
+        chosen = self._section("concepts", ConceptsSettings, settings)
+        stage = ConceptsStage(chosen, self._named(dictionary), self._models)
+        return self.with_columns(stage, rows, {"dictionary": dictionary.store})
 
     @takes(EmbeddingSettings)
     def embedding(self, rows: Rows, **settings: Any) -> Rows:
         """Rows (or targets) with a sentence vector each."""
         chosen = self._section("embedding", EmbeddingSettings, settings)
         return self.with_columns(EmbeddingStage(chosen, self._models), rows)
+
+    @takes(BaselinesSettings)
+    def baselines(self, rows: Rows, targets: object = None, **settings: Any) -> Rows:
+        """Rows with the scores that any selection should be compared with.
+
+        Args:
+            rows: with sentence vectors, where `embedding` is one of the scores.
+            targets: rows with a `task`; the scores that compare rows with targets need them.
+            settings: of `baselines`.
+
+        Raises:
+            ConfigError: a score needs targets or vectors, and there are none.
+        """
+        plain = {name: value for name, value in settings.items() if name != "student"}
+        unused = () if _valid(BaselinesSettings, plain, "baselines").of_student else ("student",)
+        chosen = self._section("baselines", BaselinesSettings, settings, unused)
+        vectors = self._sections.get("embedding")
+        if "embedding" in chosen.scores and vectors is None:
+            raise ConfigError(
+                "baselines: embedding compares sentence vectors; call session.embedding first"
+            )
+        if chosen.to_targets and targets is None:
+            raise ConfigError(f"baselines: {chosen.to_targets[0]} compares rows with targets too")
+        readers = Readers(
+            chosen, cast("EmbeddingSettings | None", vectors), self._models, self.seed
+        )
+        stage = BaselinesStage(chosen, readers, self.seed)
+        stores: dict[str, Store] = {}
+        if chosen.to_targets:
+            table = self._table(rows)
+            self.check(stage, table)
+            side = BaselineTargetsStage(readers)
+            stores[side.name] = self.fitted(side, table, self._targets(targets)).store
+        return self.with_columns(stage, rows, stores)
+
+    @takes(ValuationSettings)
+    def valuation(self, rows: Rows, targets: object, **settings: Any) -> Rows:
+        """Rows with what each adds to the nearness of the pool, or of a selection, to the targets.
+
+        Args:
+            rows: with sentence vectors; the transport is solved on a sample of them.
+            targets: with sentence vectors and a `task`.
+            settings: of `valuation`.
+        """
+        chosen = self._section("valuation", ValuationSettings, settings)
+        stage = ValuationStage(chosen)
+        table = self._table(rows)
+        self.check(stage, table)
+        solved = self.fitted(PotentialsStage(chosen, self.seed), table, self._targets(targets))
+        return self.with_columns(stage, rows, {solved.name: solved.store})
+
+    def extension(self, rows: Rows, name: str, /, **settings: Any) -> Rows:
+        """Rows with the columns of a stage that another package offers.
+
+        Args:
+            rows: with the columns that it reads.
+            name: of its entry point in the group `tamis.stages`.
+            settings: its own.
+
+        Raises:
+            ConfigError: no installed package offers it, or a setting is wrong.
+        """
+        chosen = self._chosen(name, stage_class(name).Settings, settings)
+        stage = extension_stage(name, chosen.model_dump(), self._models, self.seed)
+        self._extensions[name] = chosen
+        return self.with_columns(stage, rows)
 
     @takes(SelectionSettings)
     def selection(
@@ -390,7 +425,13 @@ class Session:
             policy = _valid(LicensePolicy, dict(license_policy), "license_policy")
         table = self._table(pool)
         stage = SelectionStage(chosen, self._anchors, frozenset(table.column_names), policy)
-        tables, report, _ = self._decided(stage, table, self._targets(targets))
+        goals = self._targets(targets)
+        if ACTIVE in table.column_names:
+            if targets is None:
+                none = pa.array([], table.schema.field(ACTIVE).type)
+                goals = goals.append_column(ACTIVE, none)
+            check_columns("selection", goals, {"task", ACTIVE}, "these targets")
+        tables, report, _ = self._decided(stage, table, goals)
         decisions = tables["decisions.parquet"]
         keep = decisions["keep"]
         dropped = table.append_column("reason", decisions["reason"]).filter(pc.invert(keep))
@@ -402,6 +443,32 @@ class Session:
             table=table,
             policy=policy,
         )
+
+    @takes(ExplanationSettings)
+    def explanation(self, selected: Selected[Rows], prototypes: Fitted, **settings: Any) -> Rows:
+        """Some of the kept rows, with the latents that make each similar to its nearest task.
+
+        The report of a data set that is emitted from this selection shows them.
+
+        Args:
+            selected: rows with the columns of `features`.
+            prototypes: what they were compared with.
+            settings: of `explanation`.
+
+        Returns:
+            `id`, `source`, `task`, `similarity`, and `latents`, strongest first, each with its
+            share of what row and task have in common, and the tokens where it is most active.
+        """
+        chosen = self._section("explanation", ExplanationSettings, settings)
+        features = cast(FeaturesSettings, prototypes.settings)
+        dictionary = self._named(prototypes.artifacts["dictionary"])
+        stage = ExplanationStage(chosen, features, dictionary, self._models, self.seed)
+        read = {**prototypes.artifacts, prototypes.name: prototypes}
+        decided = {"selection": self._written_decisions(selected)}
+        made = self.fitted(stage, selected.table, artifacts=read, stores=decided)
+        self._explained = selected
+        explained = made.store.read_json(EXPLANATIONS)
+        return same_kind(selected.kept, pa.Table.from_pylist(explained, EXPLAINED))
 
     @takes(MixtureSettings)
     def mixture(
@@ -432,10 +499,10 @@ class Session:
             anchors=self._anchors,
         )
         stage = MixtureStage(chosen, supply, self.seed)
+        goals = self._targets(targets)
+        check_columns("mixture", goals, {"task", "embedding"}, "these targets")
         decided = self._written_decisions(selected)
-        tables, report, _ = self._decided(
-            stage, selected.table, self._targets(targets), {"selection": decided}
-        )
+        tables, report, _ = self._decided(stage, selected.table, goals, {"selection": decided})
         return Mixed(report["weights"], report, tables["weights.parquet"], chosen, budget)
 
     @takes(EmissionSettings)
@@ -472,6 +539,8 @@ class Session:
         stores = dict(self._records)
         for later in ("selection", "mixture", "emission"):
             stores.pop(later, None)
+        if self._explained is not selected:
+            stores.pop("explanation", None)
         stores["selection"] = self._written_decisions(selected)
         if mixture is not None:
             folder = self._folder("mixture")
@@ -487,17 +556,39 @@ class Session:
     def _anchors(self) -> frozenset[str]:
         return frozenset(n for n, source in self._sources.items() if source["role"] == "anchor")
 
-    def _section(self, name: str, section: type[S], given: Mapping[str, Any]) -> S:
-        """A stage's settings; models that it names by a reference become models of the session."""
+    def _named(self, dictionary: Fitted) -> DictionarySettings:
+        """The settings of a dictionary, which is the one that a card names from now on."""
+        settings = cast(DictionarySettings, dictionary.settings)
+        self._sections["dictionary"] = settings
+        self._records["dictionary"] = dictionary.store
+        return settings
+
+    def _section(
+        self, name: str, section: type[S], given: Mapping[str, Any], unused: Collection[str] = ()
+    ) -> S:
+        """A stage's settings, kept for the card."""
+        chosen = self._chosen(name, section, given, unused)
+        self._sections[name] = cast(Settings, chosen)
+        return chosen
+
+    def _chosen(
+        self, name: str, section: type[S], given: Mapping[str, Any], unused: Collection[str] = ()
+    ) -> S:
+        """Settings; models that they name by a reference become models of the session.
+
+        Args:
+            name: of the stage.
+            section: their class.
+            given: their values.
+            unused: fields whose models won't be asked.
+        """
         values = dict(given)
         for role in _MODELS:
-            if role in section.model_fields:
+            if role in section.model_fields and (role in given or role not in unused):
                 value = values.get(role, section.model_fields[role].default)
                 if value is not None:
                     values[role] = self._model_name(name, role, value, given=role in values)
-        chosen = _valid(section, values, name)
-        self._sections[name] = cast(Settings, chosen)
-        return chosen
+        return _valid(section, values, name)
 
     def _model_name(self, stage: str, role: str, value: Any, *, given: bool) -> str:
         if isinstance(value, str) and value in self._models:
@@ -512,6 +603,20 @@ class Session:
             if self._models.setdefault(name, settings) == settings:
                 return name
         raise ConfigError(f"{stage}: this session has used a thousand models as {role}")
+
+    def _source(self, kind: type[Any], name: str, value: Any) -> Any:
+        fields = dict(value) if isinstance(value, Mapping) else {"path": value}
+        data = in_memory(value)
+        if data is not None:
+            fields.pop("data", None)
+            lines = json_lines(name, data)
+            folder = self._folder("sources")
+            # Called otherwise than its source, so that it is never taken for a file of the
+            # catalogue.
+            file = f"{name}-in-memory.jsonl"
+            folder.write_bytes(file, lines)
+            fields["path"] = f"{folder.url}/{file}"
+        return _valid(kind, {"name": name, **fields}, f"source {name}")
 
     def _keep_unseen(self, settings: ContaminationSettings, rows: Store) -> None:
         """Add what one ingest compared with to what rewrites must not hold, by the strictest rule.
@@ -530,182 +635,6 @@ class Session:
                 copy = name.replace("part-", f"part-{self._made:04}-", 1)
                 self._unseen_rows.write_bytes(copy, rows.read_bytes(name))
 
-    def _source(self, kind: type[Any], name: str, value: Any) -> Any:
-        fields = dict(value) if isinstance(value, Mapping) else {"path": value}
-        data = _in_memory(value)
-        if data is not None:
-            fields.pop("data", None)
-            fields["path"] = self._written_records(name, data)
-        return _valid(kind, {"name": name, **fields}, f"source {name}")
-
-    def _written_records(self, name: str, data: Any) -> str:
-        """The path of a file with rows in memory as JSON lines."""
-        try:
-            listed = data if isinstance(data, list | tuple) else arrow_table(data, {}).to_pylist()
-            lines = [_json_line(record) for record in listed]
-        except UnicodeEncodeError as error:
-            raise ConfigError(
-                f"source {name}: a text holds a lone surrogate, which no Arrow column can "
-                f"({error}); give the rows as a list of dicts (frame.to_dict('records')) to have "
-                "it rejected"
-            ) from error
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"source {name}: a record can't be written as JSON: {error}") from (
-                error
-            )
-        folder = self._folder("sources")
-        # Called otherwise than its source, so that it is never taken for a file of the catalogue.
-        file = f"{name}-in-memory.jsonl"
-        folder.write_bytes(file, b"".join(lines))
-        return f"{folder.url}/{file}"
-
-    def _table(self, rows: object) -> pa.Table:
-        return arrow_table(rows, self._types)
-
-    def _targets(self, targets: object) -> pa.Table:
-        return TARGETS.empty_table() if targets is None else self._table(targets)
-
-    def with_columns(
-        self, stage: RowStage, rows: Rows, stores: Mapping[str, Store] | None = None
-    ) -> Rows:
-        """The rows with any row stage's columns; those that it had added before are replaced.
-
-        Args:
-            stage: such as one that is no method here.
-            rows: with the columns that it reads.
-            stores: folders of the artifacts that it reads, by name.
-        """
-        self._check(stage)
-        started = time.monotonic()
-        adds = stage.columns().adds
-        table = self._table(rows)
-        settings = stage.settings
-        named = rule_columns(settings.where) if settings.where else set()
-        _check_columns(stage.name, table, {"id", *stage.columns().needs, *named})
-        asked = pa.array(self._requested(settings, table), pa.bool_())
-        view = view_of(table, list(dict.fromkeys(("id", *stage.columns().needs))))
-        chosen = view.filter(asked)
-        pieces: list[pa.Table] = []
-        with self._bar(stage.name, chosen.num_rows) as moved:
-            engines = self._open.loaded(stage.engines()) if chosen.num_rows else {}
-            for start in range(0, chosen.num_rows, self._step):
-                part = chosen.slice(start, self._step)
-                made = self._loop.result(stage.process(part, engines, stores or {}))
-                pieces.append(checked_columns(stage.name, part.num_rows, adds, made))
-                moved(part.num_rows)
-        pieces.append(not_requested_columns(stage.name, adds, table.num_rows - chosen.num_rows))
-        places = pc.sort_indices(pc.invert(asked).cast(pa.int8()))
-        made = pa.concat_tables(pieces).unify_dictionaries().take(pc.sort_indices(places))
-        self._types |= dict(zip(adds.names, adds.types, strict=True))
-        kept = table.drop_columns([name for name in adds.names if name in table.column_names])
-        for field in adds:
-            kept = kept.append_column(field, made[field.name])
-        if "task" not in table.column_names:
-            statuses = made[f"{stage.name}_status"].to_pylist()
-            self._record(
-                stage.name,
-                self._folder(stage.name),
-                stage=stage,
-                counts=dict(Counter(_code(status) for status in statuses)),
-                rows_computed=chosen.num_rows,
-                seconds=time.monotonic() - started,
-            )
-        return same_kind(rows, kept)
-
-    def _requested(self, settings: RowSettings, table: pa.Table) -> list[bool]:
-        where, limit, highest = settings.where, settings.limit, None
-        if limit is not None:
-            met = table.filter(rule_mask(where, table)) if where else table
-            keys = lowest_keys(met["id"].to_pylist(), self.seed, limit)
-            highest = keys[-1] if keys else 0
-        return requested_rows(table, where, highest, self.seed)
-
-    def fitted(
-        self,
-        stage: FitStage,
-        rows: pa.Table,
-        targets: pa.Table | None = None,
-        artifacts: Mapping[str, Fitted] | None = None,
-    ) -> Fitted:
-        """What any fit stage makes of rows.
-
-        Args:
-            stage: such as one that is no method here.
-            rows: an Arrow table.
-            targets: rows with a `task`; None: none.
-            artifacts: what it reads, by the name of the stage that made it.
-        """
-        self._check(stage)
-        started = time.monotonic()
-        goals = TARGETS.empty_table() if targets is None else targets
-        _check_columns(stage.name, rows, {*stage.columns().needs})
-        found = artifacts or {}
-        with self._bar(stage.name, None) as moved:
-            engines = self._open.loaded(stage.engines())
-            made = self._loop.result(
-                stage.fit(
-                    MemoryColumns(rows, self._step, moved),
-                    MemoryColumns(goals, self._step, moved),
-                    engines,
-                    {name: fitted.store for name, fitted in found.items()},
-                )
-            )
-        folder = self._folder(stage.name)
-        for name, data in made.files.items():
-            folder.write_bytes(name, data)
-        record = self._folder(stage.name)
-        seconds = time.monotonic() - started
-        self._record(stage.name, record, stage=stage, report=made.report, seconds=seconds)
-        return Fitted(stage.name, made.report, folder, stage.settings, found)
-
-    def _decided(
-        self,
-        stage: SetStage,
-        rows: pa.Table,
-        targets: pa.Table,
-        stores: Mapping[str, Store] | None = None,
-    ) -> tuple[Mapping[str, pa.Table], Mapping[str, Any], Mapping[str, bytes]]:
-        _check_columns(stage.name, rows, {*stage.columns().needs})
-        with self._bar(stage.name, None) as moved:
-            outcome = stage.decide(
-                MemoryColumns(rows, self._step, moved),
-                MemoryColumns(targets, self._step, moved),
-                stores or {},
-            )
-        return outcome.tables, outcome.report, outcome.files
-
-    def _check(self, stage: RowStage | FitStage) -> None:
-        """Refuse what can't work before a model is loaded."""
-        check_endpoints(stage.name, stage.engines())
-        if isinstance(stage, Checked):
-            stage.check()
-
-    def _folder(self, name: str) -> Store:
-        """A folder that nothing was written to yet."""
-        self._made += 1
-        return self._store.child(f"{self._made:04}-{name}")
-
-    def _record(
-        self, name: str, folder: Store, stage: RowStage | FitStage | None = None, **facts: Any
-    ) -> None:
-        """Keep what a data set's card says of a stage."""
-        specs = stage.engines() if stage is not None else {}
-        identity = {
-            "version": stage.version if stage is not None else None,
-            "models": {
-                role: {
-                    "settings": spec.settings.portable(),
-                    "weights": f"endpoint:{spec.settings.endpoint.known_as}:{spec.settings.model}"
-                    if spec.settings.endpoint
-                    else model_identity(spec.settings.model),
-                }
-                for role, spec in specs.items()
-            },
-        }
-        folder.write_json("identity.json", identity)
-        folder.write_json("manifest.json", facts)
-        self._records[name] = folder
-
     def _written_decisions(self, selected: Selected[Any]) -> Store:
         folder = self._folder("selection")
         folder.write_table("decisions.parquet", selected.decisions)
@@ -716,13 +645,18 @@ class Session:
         """What this session did, as a recipe says it."""
         names = pc.unique(selected.decisions["source"].cast(pa.string())).to_pylist()
         every = dict.fromkeys([*self._sources, *sorted(names)])
-        sections = {
-            section: settings.model_dump(mode="json")
-            for section, settings in self._sections.items()
-            if section != "mixture" or mixture is not None
-        }
+        chosen = dict(self._sections)
+        chosen.pop("mixture", None)
         if mixture is not None:
-            sections["mixture"] = mixture.settings.model_dump(mode="json")
+            chosen["mixture"] = mixture.settings
+        if self._explained is not selected:
+            chosen.pop("explanation", None)
+        sections = {part: settings.model_dump(mode="json") for part, settings in chosen.items()}
+        if self._extensions:
+            sections["stages"] = {
+                stage: settings.model_dump(mode="json")
+                for stage, settings in self._extensions.items()
+            }
         return {
             "name": name,
             "seed": self.seed,
@@ -734,21 +668,6 @@ class Session:
             "license_policy": selected.policy.model_dump(mode="json") if selected.policy else None,
             **sections,
         }
-
-    @contextmanager
-    def _bar(self, name: str, rows: int | None) -> Iterator[Any]:
-        from tqdm.auto import tqdm
-
-        with tqdm(desc=name, total=rows, unit=" rows", disable=not self._progress) as bar:
-            yield bar.update
-
-
-def _end(
-    models: OpenModels, loop: BackgroundLoop, folder: tempfile.TemporaryDirectory[str]
-) -> None:
-    models.close()
-    loop.close()
-    folder.cleanup()
 
 
 def _valid(section: type[S], values: Mapping[str, Any], what: str) -> S:
@@ -762,53 +681,7 @@ def _given(**values: int | None) -> dict[str, int]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _in_memory(value: Any) -> Any:
-    """The rows that a source is given as; None where it is files."""
-    if isinstance(value, Mapping):
-        return value.get("data")
-    return value if is_rows(value) else None
-
-
-def _json_line(record: Any) -> bytes:
-    """A record as a line of JSON; lone surrogates are escaped, for ingest to find and reject.
-
-    Raises:
-        TypeError: a value is of no type that JSON has.
-        ValueError: a number isn't finite.
-    """
-    try:
-        line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
-    except UnicodeEncodeError:
-        line = json.dumps(record, allow_nan=False).encode()
-    return line + b"\n"
-
-
-def _facts_of(source: Source) -> dict[str, Any]:
-    paths = [
-        path if "://" in path else path.rstrip("/").rpartition("/")[2] for path in source.paths
-    ]
-    return source.model_dump(mode="json") | {"path": paths}
-
-
 def _parts(folder: Store, schema: pa.Schema) -> pa.Table:
     names = [name for name in folder.names() if name.startswith("part-")]
     tables = [folder.read_table(name).cast(schema) for name in names]
     return pa.concat_tables([schema.empty_table(), *tables]).unify_dictionaries()
-
-
-def _check_columns(stage: str, table: pa.Table, needs: set[str]) -> None:
-    if "effective_messages" in needs:
-        needs = (needs - {"effective_messages"}) | {"messages"}
-    absent = sorted(needs - set(table.column_names))
-    if absent:
-        first = absent[0]
-        hint = f"; session.{_ADDED_BY[first]} adds it" if first in _ADDED_BY else ""
-        raise ConfigError(
-            f"{stage} reads the column {first!r}, which these rows don't have{hint}; they have "
-            f"{', '.join(table.column_names)}"
-        )
-
-
-def _code(status: str) -> str:
-    """A status without what belongs to one row alone."""
-    return ": ".join(status.split(": ")[:2]) if status.startswith("failed") else status
