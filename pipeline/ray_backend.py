@@ -46,6 +46,9 @@ _RESTARTS = 3
 _AT_HAND = 2
 """Calls that an engine which takes one at a time is sent: that one, and the next."""
 
+_SECONDS_TO_END = 60
+"""For tasks under way after another failed."""
+
 
 class Pool(NamedTuple):
     """Engine actors of a role, and how they are asked.
@@ -230,14 +233,20 @@ class RayBackend:
         cores = cast(Callable[[], dict[str, float]], ray.cluster_resources)().get("CPU", 1)
         shared = ray.put(cast(Callable[[Any], Any], fn))
         rest = iter(tasks)
-        waiting = deque(_answered.remote(shared, task) for task in islice(rest, int(cores)))
-        while waiting:
-            try:
-                answer: R = ray.get(waiting.popleft())
-            except (RayTaskError, WorkerCrashedError, OutOfMemoryError) as error:
-                raise _failure(error, "a task over shards") from error
-            waiting.extend(_answered.remote(shared, task) for task in islice(rest, 1))
-            yield answer
+        waiting: deque[Any] = deque()
+        try:
+            waiting.extend(_answered.remote(shared, task) for task in islice(rest, int(cores)))
+            while waiting:
+                try:
+                    answer: R = ray.get(waiting.popleft())
+                except (RayTaskError, WorkerCrashedError, OutOfMemoryError) as error:
+                    raise _failure(error, "a task over shards") from error
+                waiting.extend(_answered.remote(shared, task) for task in islice(rest, 1))
+                yield answer
+        finally:
+            # Whoever cleans up after an error must not meet a task that still writes.
+            if waiting:
+                ray.wait(list(waiting), num_returns=len(waiting), timeout=_SECONDS_TO_END)
 
     async def close(self) -> None:
         """Close the pools; shut down the cluster where this backend started it."""

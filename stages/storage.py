@@ -91,8 +91,14 @@ class Store:
         fs, _ = self._located
         return cast("IO[bytes]", fs.open(self.path(name), "rb"))
 
-    def write_bytes(self, name: str, data: bytes) -> None:
-        """Write a file so that it appears whole or not at all."""
+    def write_bytes(self, name: str, data: bytes, *, lasting: bool = True) -> None:
+        """Write a file so that it appears whole or not at all.
+
+        Args:
+            name: relative to the folder.
+            data: what it holds.
+            lasting: wait until it would outlive a crash of the machine.
+        """
         fs, _ = self._located
         path = self.path(name)
         fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
@@ -103,7 +109,8 @@ class Store:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if lasting:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
 
     def create(self, name: str, data: bytes) -> bool:
@@ -163,7 +170,7 @@ class Store:
         sink = io.BytesIO()
         with pa.ipc.new_file(sink, table.schema) as file:
             file.write_table(table.combine_chunks())
-        self.write_bytes(name, sink.getvalue())
+        self.write_bytes(name, sink.getvalue(), lasting=False)
 
     def read_arrow(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """An Arrow file as a table, all columns or the named ones in the file's order."""

@@ -66,7 +66,8 @@ def _invisible() -> re.Pattern[str]:
     """Matches a default-ignorable character or a format control."""
     every = map(chr, range(sys.maxunicode + 1))
     controls = "".join(character for character in every if unicodedata.category(character) == "Cf")
-    return re.compile(rf"[{_IGNORABLE}{controls}]")
+    # Most characters are ASCII, and asking that first is quicker than the long list.
+    return re.compile(rf"(?![\x00-\x7f])[{_IGNORABLE}{controls}]")
 
 
 @dataclass(frozen=True)
@@ -103,33 +104,41 @@ class HashedWords:
         return self.runs(starts, starts + np.repeat(np.minimum(counts, n), grams)), before
 
 
-def hashed_words(texts: Sequence[str]) -> HashedWords:
-    """The words of texts as numbers, by XXH3 of their UTF-8 bytes.
+def hashed_words(texts: Sequence[str] | pa.Array) -> HashedWords:
+    """The words of texts (large_string if in an array) as numbers, by XXH3 of their UTF-8 bytes.
 
     Raises:
         UnicodeEncodeError: a text holds half a character (a lone surrogate).
     """
-    flat, offsets = _flat_words(texts)
-    # A text repeats most of its words: each is hashed once.
-    encoded = flat.dictionary_encode()
-    distinct = [xxhash.xxh3_64_intdigest(word.encode()) for word in encoded.dictionary.to_pylist()]
-    hashes = np.array(distinct, np.uint64)[encoded.indices.to_numpy()]
+    if not isinstance(texts, pa.Array):
+        texts = pa.array(texts, pa.large_string())
+    hashes, offsets = _hashed(texts)
     shift, unshift = (_powers(base, len(hashes)) for base in (_BASE, _INVERSE))
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(hashes * shift[:-1])])
     return HashedWords(offsets, sums, unshift)
 
 
-def _flat_words(texts: Sequence[str]) -> tuple[pa.Array, IntArray]:
-    """What `words` gives for each text, in one array, and the words before each text.
+def _hashed(texts: pa.Array) -> tuple[HashArray, IntArray]:
+    """Numbers of what `words` gives for each text, and the words before each text.
 
-    Arrow's kernels split and strip as Python does, in a third of the time.
+    Arrow's kernels split and strip as Python does, in a third of the time. Texts repeat most of
+    their words: what is done with a word is done once for equal ones.
     """
-    plain = [text if text.isascii() else " ".join(_folded_words(text)) for text in texts]
-    lists = pc.utf8_split_whitespace(pc.ascii_lower(pa.array(plain, pa.large_string())))
-    found = pc.utf8_trim(lists.flatten(), characters=_AROUND)
-    filled = pc.greater(pc.binary_length(found), 0)
-    before = np.concatenate([[0], np.cumsum(filled.to_numpy(zero_copy_only=False))])
-    return found.filter(filled), before[lists.offsets.to_numpy()].astype(np.int64)
+    lists = pc.utf8_split_whitespace(_split_by_spaces(texts))
+    raw = lists.flatten().dictionary_encode()
+    distinct = pc.utf8_trim(pc.ascii_lower(raw.dictionary), characters=_AROUND).to_pylist()
+    numbers = np.array([xxhash.xxh3_64_intdigest(word.encode()) for word in distinct], np.uint64)
+    places = raw.indices.to_numpy()
+    filled = np.array([bool(word) for word in distinct], np.bool_)[places]
+    before = np.concatenate([[0], np.cumsum(filled)])
+    return numbers[places[filled]], before[lists.offsets.to_numpy()].astype(np.int64)
+
+
+def _split_by_spaces(texts: pa.Array) -> pa.Array:
+    """The texts, in those that aren't ASCII the words of `_folded_words` with spaces between."""
+    other = pc.invert(pc.string_is_ascii(texts))
+    folded = [" ".join(_folded_words(text)) for text in texts.filter(other).to_pylist()]
+    return pc.replace_with_mask(texts, other, pa.array(folded, texts.type)) if folded else texts
 
 
 def _powers(base: int, highest: int) -> HashArray:

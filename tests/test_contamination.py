@@ -90,6 +90,34 @@ def test_targets_can_be_left_out_and_responses_looked_for(
         assert report.as_dict()["sources"]["pool"]["overlaps"] == found
 
 
+def test_a_question_is_found_without_an_answer_too(tmp_path: Path, goal: Target) -> None:
+    asked = {"role": "user", "content": LONG}
+    path = lines(
+        tmp_path / "x.jsonl",
+        [
+            {"question": LONG, "answer": ""},
+            {"question": LONG},
+            {"messages": [asked]},
+            {"instruction": "Say it:", "input": LONG, "output": " "},
+            # These lack more than the response, or hold another text.
+            {"question": LONG, "answer": 3},
+            {"question": "", "answer": ""},
+            {"question": "Who asks?", "answer": ""},
+            {"question": "Who asks?", "answer": "Me."},
+        ],
+    )
+    store = Store(str(tmp_path / "run"))
+    wanted = IngestSettings(max_reject_rate=0.4)
+    report = ingest([Source(name="x", path=path)], [goal], wanted, store)
+    found = rejects(store, report)
+    assert [row["reason"].partition(":")[0] for row in found] == [
+        *["contaminated"] * 4, "wrong_type", *["empty_turn"] * 2
+    ]  # fmt: skip
+    assert report.as_dict()["sources"]["x"]["overlaps"] == {"goal": {"exact": 3, "ngram": 1}}
+    assert [row["record"] for row in found] == list(range(7))
+    assert json.loads(found[1]["raw"]) == {"question": LONG}
+
+
 def test_rows_of_anchors_stay(tmp_path: Path, pool: Source, goal: Target) -> None:
     anchor = pool.model_copy(update={"name": "anchor", "role": "anchor"})
     report = ingest([pool, anchor], [goal], IngestSettings(allow_empty_sources=True),
@@ -184,12 +212,15 @@ def test_all_gsm8k_test_questions_are_found_in_a_training_file(
     }
     records = json.loads((shared_data / "sources" / "math_adapters.json").read_bytes())
     held = {one["instruction"].strip() for one in records} & questions
-    rejected = {json.loads(row["raw"])["instruction"].strip() for row in found}
+    contaminated = [row for row in found if row["overlap"] is not None]
+    rejected = {json.loads(row["raw"])["instruction"].strip() for row in contaminated}
     assert len(held) == 1055
-    assert held <= rejected
-    # Three of them have no answer, and are rejected for that.
-    assert report.sources["pool"].rejected["empty_turn"] == 3
-    assert report.sources["pool"].overlaps == {"gsm8k_test": {"exact": 1052}}
+    assert held == rejected
+    # Three of them have no answer: they are told as contaminated too.
+    numbers = report.sources["pool"]
+    assert numbers.overlaps == {"gsm8k_test": {"exact": 1055}}
+    assert numbers.rejected["empty_turn"] == 0
+    assert sum(row["id"] is None for row in contaminated) == 3
 
 
 TARGETS = ("gsm8k_test.jsonl", "math500.jsonl", "aime24.jsonl", "aime25.jsonl", "mbpp.jsonl",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import itertools
 import json
 import re
@@ -379,6 +380,34 @@ def test_report_and_card_without_optional_stages(run: Run, url: str) -> None:
         assert f"<h2>{title}" not in html
     assert "No mixture was fitted" in html
     assert "No mixture was fitted" in outcome.files["README.md"].decode()
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("transport", "weights that the certificate can't tell apart"),
+        ("energy", "weights within two standard errors"),
+        ("debiased", "least and greatest weight over the halves"),
+    ],
+)
+def test_ranges_are_named_by_what_the_method_makes_them(
+    run: Run, url: str, method: str, words: str
+) -> None:
+    assert run.mixture is not None
+    run.mixture["method"] = method
+    files = run.emit(url, budget_rows=60).files
+    for name, words_of in (("report.html", "range: {}"), ("README.md", "Ranges are {}")):
+        said = html.unescape(files[name].decode())
+        assert words_of.format(words) in said
+        assert said.count("certificate can't tell apart") == (method == "transport")
+
+
+def test_methods_without_ranges_name_none(run: Run, url: str) -> None:
+    assert run.mixture is not None
+    run.mixture |= {"method": "uniform", "ranges": None}
+    files = run.emit(url, budget_rows=60).files
+    assert "range: " not in files["report.html"].decode()
+    assert "Ranges are" not in files["README.md"].decode()
 
 
 def test_card_front_matter_and_tables(run: Run, url: str) -> None:

@@ -304,6 +304,28 @@ def test_windows_tell_what_models_did_not_see(run: Run, url: str) -> None:
     assert "| difficulty | small | 512 | responses cut | 33 of 98 | 33.7% |" in card
 
 
+def test_windows_tell_what_a_teacher_was_not_asked(run: Run, url: str) -> None:
+    results = ["accepted", "prompt_too_long", "tie", None, "prompt_too_long"]
+    run.column("reflection_response_result", LABEL, results)
+    run.recipe = {
+        "models": {
+            "small": {"model": "hub/small", "max_length": 512},
+            "large": {"model": "hub/large", "max_length": 2048},
+        },
+        "reflection": {"student": "small", "teacher": "large"},
+    }
+    outcome = run.emit(url, budget_rows=20)
+    asked = [
+        row["reflection_response_result"]
+        for row in run.rows
+        if row["reflection_status"] != "not_requested" and row["reflection_response_result"]
+    ]
+    (found,) = json.loads(outcome.files["lineage.json"])["windows"]
+    assert (found["model"], found["window"], found["what"]) == ("large", 2048, "requests left out")
+    assert (found["asked"], found["cut"]) == (len(asked), asked.count("prompt_too_long"))
+    assert 0 < found["cut"] < found["asked"]
+
+
 def test_models_have_the_weights_that_stages_recorded(run: Run, url: str) -> None:
     run.recipe = {
         "models": {

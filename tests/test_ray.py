@@ -153,3 +153,18 @@ def test_error_in_a_task_over_shards_is_the_tasks_own(backend: Any) -> None:
         list(backend.map(Store("nosuch://bucket").read_json, ["name"]))
     with pytest.raises(StageError, match=r"a task over shards failed.*(?s:.)*gone"):
         list(backend.map(Store("/nonexistent").read_json, ["gone"]))
+
+
+def test_an_error_among_tasks_leaves_none_under_way(backend: Any, tmp_path: Path) -> None:
+    from functools import partial
+
+    from stages.storage import Store
+
+    def tasks() -> Iterator[str]:
+        yield "written"
+        raise KeyError("the next task")
+
+    write = partial(Store(str(tmp_path)).write_bytes, data=b"")
+    with pytest.raises(KeyError, match="the next task"):
+        list(backend.map(write, tasks()))
+    assert (tmp_path / "written").exists()

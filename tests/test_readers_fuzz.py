@@ -9,6 +9,8 @@ import io
 import json
 import lzma
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from stages.sources.reasons import REASONS, code_of
 from stages.sources.settings import Source
 from stages.storage import Store
 
+ROOT = Path(__file__).resolve().parents[1]
 TYPES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
 PACKED = {
     "": lambda data: data,
@@ -74,18 +77,20 @@ line = st.one_of(record, value)
 
 
 def judged(path: Path) -> list[Row | Reject]:
-    """What becomes of a file's records, each checked to be storable as it is."""
+    """What becomes of a file's records, in memory and as written; none is lost on the way."""
     found = list(iter_rows(Source(name="s", path=str(path))))
     for one in found:
         if isinstance(one, Reject):
             assert code_of(one.reason) in REASONS
             one.raw.encode()
             one.reason.encode()
+    total, kept, rejected = written(path)
+    assert total == kept + rejected == len(found) + 1
     return found
 
 
 def written(path: Path) -> tuple[int, int, int]:
-    """Records, rows and rejects of a file after ingest, as counted and as written."""
+    """Records, rows and rejects of a file, and of one more row, as counted and as written."""
     store = Store("memory://fuzzed-readers")
     store.remove("")
     chosen = IngestSettings(max_reject_rate=1, allow_empty_sources=True)
@@ -113,8 +118,6 @@ def test_byte_soup(tmp_path: Path, data: bytes, kind: str, packed: str) -> None:
         path = tmp_path / f"{name}{kind}{packed}"
         path.write_bytes(content)
         judged(path)
-        total, kept, rejected = written(path)
-        assert total == kept + rejected
         path.unlink()
 
 
@@ -127,8 +130,6 @@ def test_every_json_line_is_a_row_or_a_reject(
     path = tmp_path / "x.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" * mark + data)
     assert [one.record for one in judged(path)] == list(range(len(lines)))
-    total, kept, rejected = written(path)
-    assert total == kept + rejected == len(lines) + 1
 
 
 @fuzzed
@@ -300,32 +301,93 @@ def test_numbers_where_text_belongs_are_rejected(tmp_path: Path, record: str) ->
     assert reject.reason.startswith("wrong_type")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv"])
-def test_a_line_of_100_megabytes_is_one_reject(tmp_path: Path, kind: str) -> None:
-    long = "word " * 20_000_000
-    path = tmp_path / f"x{kind}"
+def test_marks_of_byte_order_and_windows_line_ends_change_nothing(tmp_path: Path) -> None:
+    for kind, data in ENCODED.items():
+        plain, windows = tmp_path / f"plain{kind}", tmp_path / f"windows{kind}"
+        plain.write_bytes(data)
+        windows.write_bytes(b"\xef\xbb\xbf" + data.replace(b"\n", b"\r\n"))
+        assert [one.messages for one in judged(plain)] == [one.messages for one in judged(windows)]
+
+
+READ = """
+import json, re, sys
+from pathlib import Path
+from stages.ingest import Reject, iter_rows
+from stages.sources import Source
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+before = peak()
+rows = iter_rows(Source(name="s", path=sys.argv[1]))
+found = [(one.reason, len(one.raw)) if isinstance(one, Reject) else None for one in rows]
+print(json.dumps([found, peak() - before]))
+"""
+
+
+def read_apart(path: Path) -> tuple[list[Any], int]:
+    """Reason and length of raw text of rejects, None for rows; and the memory that it took."""
+    done = subprocess.run(
+        [sys.executable, "-c", READ, str(path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found, taken = json.loads(done.stdout)
+    return found, taken
+
+
+def file_of(kind: str, records: list[dict[str, str]]) -> bytes:
     if kind == ".csv":
-        path.write_text(f'question,answer\n"{long}",b\na,b\n')
-    else:
-        both = [{"question": long, "answer": "b"}, {"question": "a", "answer": "b"}]
-        lines = "\n".join(json.dumps(one) for one in both)
-        path.write_text(json.dumps(both) if kind == ".json" else lines)
-    reject, row = judged(path)
-    assert isinstance(reject, Reject)
-    assert reject.reason == "too_long: 100000001 characters"
-    assert len(reject.raw) == 10_000
-    assert isinstance(row, Row)
+        return "".join(
+            ["question,answer\n", *(f'"{one["question"]}",{one["answer"]}\n' for one in records)]
+        ).encode()
+    text = json.dumps(records) if kind == ".json" else "\n".join(map(json.dumps, records))
+    return text.encode()
+
+
+QUICKLY = {**PACKED, ".gz": lambda data: gzip.compress(data, 1)}
+MEGABYTE = 1_000_000
 
 
 @pytest.mark.slow
-def test_100_megabytes_without_an_end_are_one_reject(tmp_path: Path) -> None:
-    for kind, opening in (
-        (".jsonl", '{"question": "'),
-        (".json", '[{"question": "'),
-        (".csv", '"'),
-    ):
-        path = tmp_path / f"x{kind}"
-        path.write_text(opening + "x" * 100_000_000)
-        (reject,) = judged(path)
-        assert isinstance(reject, Reject)
+@pytest.mark.parametrize("packed", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv"])
+def test_a_line_of_100_megabytes_is_one_reject(tmp_path: Path, kind: str, packed: str) -> None:
+    long = "word " * (20 * MEGABYTE)
+    data = file_of(kind, [{"question": long, "answer": "b"}, {"question": "a", "answer": "b"}])
+    path = tmp_path / f"x{kind}{packed}"
+    path.write_bytes(QUICKLY[packed](data))
+    found, taken = read_apart(path)
+    assert found == [["too_long: 100000001 characters", 10_000], None]
+    assert taken < 10 * len(data)
+    cut = tmp_path / f"cut{kind}{packed}"
+    cut.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    ((reason, shown),), taken = read_apart(cut)
+    assert code_of(reason) == ("unparsable" if (kind, packed) == (".jsonl", "") else "damaged_file")
+    assert shown <= 10_000
+    assert taken < 10 * len(data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", ["", ".gz"])
+@pytest.mark.parametrize("kind", [".jsonl", ".csv"])
+def test_100_megabytes_of_lines_take_the_memory_of_one(
+    tmp_path: Path, kind: str, packed: str
+) -> None:
+    row = {"question": "word " * 20_000, "answer": "b"}
+    path = tmp_path / f"x{kind}{packed}"
+    path.write_bytes(QUICKLY[packed](file_of(kind, [row] * 1000)))
+    found, taken = read_apart(path)
+    assert found == [None] * 1000
+    assert taken < 20 * MEGABYTE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "opening"), [(".jsonl", '{"question": "'), (".json", '[{"question": "'), (".csv", '"')]
+)
+def test_100_megabytes_without_an_end_are_one_reject(
+    tmp_path: Path, kind: str, opening: str
+) -> None:
+    path = tmp_path / f"x{kind}"
+    path.write_text(opening + "x" * (100 * MEGABYTE))
+    ((reason, _),), taken = read_apart(path)
+    assert code_of(reason) in ("unparsable", "damaged_file")
+    assert taken < 1000 * MEGABYTE

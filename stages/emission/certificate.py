@@ -16,6 +16,13 @@ _WORDS = {
     "proportional": "in proportion to what there is, as far as the bounds allow",
 }
 
+_RANGES = {
+    "transport": "weights that the certificate can't tell apart",
+    "debiased": "least and greatest weight over the halves that were solved",
+    "energy": "weights within two standard errors (delete-a-group jackknife)",
+}
+"""What the ranges are of each method that gives them."""
+
 
 def method_words(mixture: Mapping[str, Any]) -> str:
     """How the weights were chosen; goes on after a comma.
@@ -24,6 +31,15 @@ def method_words(mixture: Mapping[str, Any]) -> str:
         mixture: the report of the mixture stage.
     """
     return _WORDS[mixture.get("method", "transport")]
+
+
+def range_words(mixture: Mapping[str, Any]) -> str:
+    """What the range beside a weight is; empty where there are no ranges.
+
+    Args:
+        mixture: the report of the mixture stage.
+    """
+    return _RANGES[mixture.get("method", "transport")] if mixture.get("ranges") else ""
 
 
 def certificate_sentences(mixture: Mapping[str, Any]) -> list[str]:

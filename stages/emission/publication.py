@@ -54,8 +54,8 @@ class WindowFacts:
         stage: that asked the model.
         model: its name in the recipe.
         window: tokens; None for an encoder, which has a window of its own.
-        asked: rows that the stage was asked for.
-        cut: rows of which something was left out, or embedded apart.
+        asked: rows that the stage was asked for (of a teacher: requests).
+        cut: those of which something was left out, or embedded apart.
         what: what became of them.
     """
 
@@ -104,7 +104,7 @@ def model_facts(recipe: Mapping[str, Any], records: Sequence[StageRecord]) -> li
 def window_facts(
     recipe: Mapping[str, Any], records: Sequence[StageRecord], gathered: Gathered
 ) -> list[WindowFacts]:
-    """By stage and model: rows that were cut, and rows that were too long to be processed."""
+    """By stage and model: rows that were cut, and rows or requests too long to be processed."""
     models = recipe.get("models") or {}
 
     def window(name: str) -> int | None:
@@ -127,6 +127,13 @@ def window_facts(
                     record.name, names[0], window(names[0]), record.asked, long, "rows left out"
                 )
             )
+    replies = sum(gathered.audit.results.values(), Counter[str]())
+    if replies["prompt_too_long"]:
+        name = str((recipe.get("reflection") or {}).get("teacher"))
+        long, asked = replies["prompt_too_long"], replies.total()
+        found.append(
+            WindowFacts("reflection", name, window(name), asked, long, "requests left out")
+        )
     return found
 
 

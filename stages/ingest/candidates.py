@@ -58,8 +58,8 @@ def candidate_tasks(
 
 
 def bucket_mates(rows: IntArray, numbers: HashArray) -> tuple[IntArray, IntArray]:
-    """Rows of equal numbers, each but the first beside the first of its bucket."""
-    order = np.argsort(numbers, kind="stable")
+    """Rows of equal numbers, each but one beside that one of its bucket."""
+    order = np.argsort(numbers)
     numbers = numbers[order]
     new = np.ones(len(order), dtype=bool)
     new[1:] = numbers[1:] != numbers[:-1]

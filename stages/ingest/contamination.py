@@ -33,16 +33,19 @@ def unseen_index(
 
 
 def first_overlaps(records: Sequence[Row | Reject], index: OverlapIndex) -> list[Overlap | None]:
-    """For every row the overlap of the first of its turns that has one; None for rejects."""
+    """For every record the overlap of the first of its turns that has one.
+
+    A reject has turns only where it lacks nothing but a response: a question without an answer
+    is one that training must not see all the same.
+    """
     found: list[Overlap | None] = [None] * len(records)
     texts: list[str] = []
     places: list[int] = []
     for place, record in enumerate(records):
-        if isinstance(record, Row):
-            for turn in record.messages:
-                said = [text for text in (turn["content"], turn.get("reasoning")) if text]
-                texts += said
-                places += [place] * len(said)
+        for turn in record.messages if isinstance(record, Row) else record.asked:
+            said = [text for text in (turn["content"], turn.get("reasoning")) if text]
+            texts += said
+            places += [place] * len(said)
     for place, overlap in zip(places, index.matches(texts), strict=True):
         found[place] = found[place] or overlap
     return found

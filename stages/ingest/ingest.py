@@ -3,7 +3,8 @@
 Rows are in the order of the recipe's sources, each one's files and each file's records. In turn,
 rows are rejected that
 
-1. overlap a target or an evaluation set (rows of anchors are not: they are trained on already);
+1. overlap a target or an evaluation set, with or without a response (rows of anchors are not: they
+   are trained on already);
 2. are exact duplicates (equal ids): the first is kept, and rows of anchors go before all others,
    wherever the recipe names them;
 3. are near duplicates, where the recipe asks for it.
@@ -16,7 +17,7 @@ each), and for each row 16 bytes of id (with Python's overhead about 110). Near 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
 import pyarrow as pa
@@ -121,9 +122,8 @@ class _Ingest:
             max_chars=settings.max_chars_per_shard,
         )
         self._scratch = ShardWriter(
-            store,
+            store.child(SCRATCH),
             _SCRATCH_SCHEMA,
-            folder=SCRATCH,
             max_rows=_SCRATCH_ROWS,
             max_chars=_SCRATCH_CHARS,
             scratch=True,
@@ -137,13 +137,15 @@ class _Ingest:
 
     def run(self) -> IngestReport:
         report = IngestReport()
+        near = self._settings.near_duplicates
         try:
             self._read_targets(report)
-            self._read_sources(report)
-            self._check_any_row(report)
-            if self._settings.near_duplicates is not None:
-                self._scratch.flush()
-                self._without_near_duplicates(report, self._settings.near_duplicates)
+            batches = self._read_sources(report)
+            if near is not None:
+                self._add_without_near_duplicates(batches, report, near)
+            else:
+                for rows in batches:
+                    self._rows.add(table_of(rows, ROWS), [row.chars for row in rows])
         finally:
             # A person who reads that too much was rejected wants to see what.
             self._rejects.flush()
@@ -170,21 +172,17 @@ class _Ingest:
                 self._collect(one.name, rows)
         self._unseen_rows.flush()
 
-    def _read_sources(self, report: IngestReport) -> None:
+    def _read_sources(self, report: IngestReport) -> Iterator[list[Row]]:
+        """Batches of the rows that stay, near duplicates among them."""
         index = unseen_index(self._unseen, self._contamination)
         anchored = self._ids_of_late_anchors()
-        near = self._settings.near_duplicates is not None
         seen: _Seen = {}
         for source in self._sources:
             report.sources[source.name] = found = self._reported(source)
             anchor = source.role == "anchor"
             earlier: _Seen = {} if anchor else anchored
-            for rows in self._taken(source, found, seen, earlier, None if anchor else index):
-                chars = [row.chars for row in rows]
-                if near:
-                    self._scratch.add(table_of(rows, _SCRATCH_SCHEMA), chars)
-                else:
-                    self._rows.add(table_of(rows, ROWS), chars)
+            yield from self._taken(source, found, seen, earlier, None if anchor else index)
+        self._check_any_row(report)
 
     def _collect(self, name: str, rows: Sequence[Row]) -> None:
         """Keep what rows must not hold, and write the rows for stages that make new text."""
@@ -233,12 +231,12 @@ class _Ingest:
             kept: list[Row] = []
             rejects: list[Reject] = []
             for record, overlap in zip(batch, overlaps, strict=True):
-                if isinstance(record, Reject):
-                    rejects.append(record)
-                elif overlap is not None:
+                if overlap is not None:
                     report.overlaps.setdefault(overlap.set, Counter())[overlap.kind] += 1
                     reason = f"contaminated: {overlap.set}, {overlap.kind}"
                     rejects.append(record.rejected(reason, overlap=overlap.text))
+                elif isinstance(record, Reject):
+                    rejects.append(record)
                 elif seen is not None and (of := _source_of(record, seen, earlier)) is not None:
                     report.duplicate_of[of] += 1
                     rejects.append(record.rejected(f"duplicate: {record.id}", kept=record.id))
@@ -255,15 +253,15 @@ class _Ingest:
                 yield kept
         self._check(source, report, first)
 
-    def _without_near_duplicates(
-        self, report: IngestReport, settings: NearDuplicateSettings
+    def _add_without_near_duplicates(
+        self, batches: Iterable[list[Row]], report: IngestReport, settings: NearDuplicateSettings
     ) -> None:
-        """Write the rows in `scratch/` to shards, but for near duplicates, which are rejected."""
+        """Write rows to shards by way of `scratch/`; near duplicates are rejected."""
         scratch = self._store.child(SCRATCH)
-        parts = [(name.partition("/")[2], rows) for name, rows in self._scratch.written]
         ranks = source_ranks(self._sources, settings)
+        parts = self._scratch_parts(batches)
         found = found_near_duplicates(scratch, parts, settings, ranks, self._each)
-        for rows, dropped in parted_rows(scratch, parts, found):
+        for rows, dropped in parted_rows(scratch, self._scratch.written, found):
             self._rows.add(rows, rows["chars"].to_pylist())
             self._rejects.add(table_of([one.reject for one in dropped], REJECTS))
             for one in dropped:
@@ -272,6 +270,16 @@ class _Ingest:
                 )
         for source in self._sources:
             self._check_rows_left(source, report.sources[source.name])
+
+    def _scratch_parts(self, batches: Iterable[list[Row]]) -> Iterator[tuple[str, int]]:
+        """Names and rows of the shards in `scratch/`, each as soon as it is written."""
+        given = 0
+        for rows in batches:
+            self._scratch.add(table_of(rows, _SCRATCH_SCHEMA), [row.chars for row in rows])
+            yield from self._scratch.written[given:]
+            given = len(self._scratch.written)
+        self._scratch.flush()
+        yield from self._scratch.written[given:]
 
     def _check(self, source: Source, report: SourceReport, first: Mapping[str, Reject]) -> None:
         who = f"{self._kind(source)} {source.name}"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,8 +26,8 @@ from stages.words import IntArray
 _TASK_ROWS = 65_536
 """Candidates verified in one task, unless more of them hang together: about 2 KB each."""
 
-_REJECTED = ["id", "source", "messages", "tools", "answer", "file", "record", "end_markers"]
-"""Columns of a row that its reject, or the report, has something of."""
+_REJECTED = ["id", "source", "tools", "answer", "file", "record", "end_markers"]
+"""Columns of a row, beside its messages, that its reject or the report has something of."""
 
 
 def source_ranks(sources: Sequence[Source], settings: NearDuplicateSettings) -> dict[str, int]:
@@ -42,7 +43,7 @@ def source_ranks(sources: Sequence[Source], settings: NearDuplicateSettings) -> 
 
 def found_near_duplicates(
     store: Store,
-    parts: Sequence[tuple[str, int]],
+    parts: Iterable[tuple[str, int]],
     settings: NearDuplicateSettings,
     ranks: Mapping[str, int],
     each: Each,
@@ -54,20 +55,25 @@ def found_near_duplicates(
 
     Args:
         store: holds the shards, and gets a sketch of each.
-        parts: names and rows of the shards, in order.
+        parts: names and rows of the shards, in order; each is sketched as soon as it is named.
         settings: what is compared, and which row of a cluster stays.
         ranks: of every source (see `source_ranks`).
         each: runs the tasks.
     """
-    tasks, first = [], 0
-    for number, (part, rows) in enumerate(parts):
-        tasks.append(SketchTask(part, first, f"sketch-{number:05d}.arrow"))
-        first += rows
-    for _ in each(partial(write_sketch, store, settings, ranks), tasks):
+    sketches: list[tuple[str, int]] = []
+    total = 0
+
+    def tasks() -> Iterator[SketchTask]:
+        nonlocal total
+        for number, (part, rows) in enumerate(parts):
+            sketches.append((f"sketch-{number:05d}.arrow", total))
+            yield SketchTask(part, total, sketches[-1][0])
+            total += rows
+
+    for _ in each(partial(write_sketch, store, settings, ranks), tasks()):
         pass
-    sketches = [(task.name, task.first) for task in tasks]
     names = [name for name, _ in sketches]
-    clusters = candidate_tasks(store, names, first, band_names(settings), _TASK_ROWS)
+    clusters = candidate_tasks(store, names, total, band_names(settings), _TASK_ROWS)
     return Duplicates.joined(
         list(each(partial(near_duplicates, store, sketches, settings), clusters))
     )
@@ -96,10 +102,12 @@ def parted_rows(
         places = found.rows[first:end] - start
         stays = np.ones(rows, dtype=bool)
         stays[places] = False
+        gone = table.take(pa.array(places))
         dropped = [
-            _dropped(row, *stay[kept], similarity)
-            for row, kept, similarity in zip(
-                table.select(_REJECTED).take(pa.array(places)).to_pylist(),
+            _dropped(row, turns, *stay[kept], similarity)
+            for row, turns, kept, similarity in zip(
+                gone.select(_REJECTED).to_pylist(),
+                _turns(gone["messages"].combine_chunks()),
                 found.kept[first:end].tolist(),
                 found.similarity[first:end].tolist(),
                 strict=True,
@@ -126,12 +134,23 @@ def _named_rows(
     return found
 
 
-def _dropped(row: Mapping[str, Any], kept: str, of: str, similarity: float) -> Dropped:
-    # The record's own text isn't held any more: the reject shows the row as JSON.
+def _turns(messages: pa.ListArray) -> list[list[dict[str, Any]]]:
+    """Conversations' turns, null fields left out."""
+    # Arrow makes Python's dictionaries of a struct in ten times what its columns take.
+    flat = messages.flatten()
+    filled = [field.name for field in flat.type if flat.field(field.name).null_count < len(flat)]
     turns = [
-        {name: value for name, value in turn.items() if value is not None}
-        for turn in row["messages"]
+        {name: value for name, value in zip(filled, values, strict=True) if value is not None}
+        for values in zip(*(flat.field(name).to_pylist() for name in filled), strict=True)
     ]
+    offsets = (messages.offsets.to_numpy() - messages.offsets[0].as_py()).tolist()
+    return [turns[start:end] for start, end in pairwise(offsets)]
+
+
+def _dropped(
+    row: Mapping[str, Any], turns: list[dict[str, Any]], kept: str, of: str, similarity: float
+) -> Dropped:
+    # The record's own text isn't held any more: the reject shows the row as JSON.
     said: dict[str, Any] = {"messages": turns}
     if row["tools"] is not None:
         said["tools"] = row["tools"]

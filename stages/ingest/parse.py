@@ -12,6 +12,7 @@ from stages.sources.catalogue import resolved
 from stages.sources.files import SourceFile, files_of
 from stages.sources.forms import Parsed, parse
 from stages.sources.readers import BadRecord, Record, file_type, records, shown
+from stages.sources.reasons import UNANSWERED, code_of
 from stages.sources.settings import Source, Target
 from stages.storage import content_identity
 
@@ -51,7 +52,11 @@ class Row(NamedTuple):
 
 
 class Reject(NamedTuple):
-    """A record that is no row, as `rows.REJECTS` has it."""
+    """A record that is no row, as `rows.REJECTS` has it.
+
+    Attributes:
+        asked: the turns of a record that lacks nothing but a response.
+    """
 
     source: str
     file: str
@@ -61,6 +66,11 @@ class Reject(NamedTuple):
     id: str | None = None
     kept: str | None = None
     overlap: str | None = None
+    asked: Sequence[Message] = ()
+
+    def rejected(self, reason: str, *, overlap: str) -> Reject:
+        """The record as a reject for another reason."""
+        return self._replace(reason=reason, overlap=overlap)
 
 
 def iter_rows(
@@ -97,7 +107,7 @@ def iter_rows(
             try:
                 yield _row(record, parse(record.value, known), known, settings)
             except RowError as error:
-                yield _reject(source, record, str(error))
+                yield _reject(source, record, str(error), _asked(record, known, str(error)))
 
 
 def content_of(sources: Sequence[Source]) -> dict[str, list[tuple[str, str]]]:
@@ -135,9 +145,21 @@ def _row(record: Record, parsed: Parsed, source: Source, settings: IngestSetting
     )
 
 
-def _reject(source: Source, record: Record | BadRecord, reason: str) -> Reject:
+def _reject(
+    source: Source, record: Record | BadRecord, reason: str, asked: Sequence[Message] = ()
+) -> Reject:
     # A reason may quote the record, and so what can't be stored in it.
-    return Reject(source.name, record.file, record.record, shown(reason), record.raw)
+    return Reject(source.name, record.file, record.record, shown(reason), record.raw, asked=asked)
+
+
+def _asked(record: Record, source: Source, reason: str) -> Sequence[Message]:
+    """The turns of a record that was rejected for want of a response; none of other records."""
+    if code_of(reason) not in UNANSWERED:
+        return ()
+    try:
+        return parse(record.value, source, answered=False).messages
+    except RowError:
+        return ()
 
 
 def _task(parsed: Parsed, target: Target, file: str) -> str:

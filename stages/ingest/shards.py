@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import pyarrow as pa
@@ -21,7 +22,7 @@ def table_of(records: Sequence[Any], schema: pa.Schema) -> pa.Table:
     """
     columns = [
         pa.array(
-            [getattr(record, field.name) for record in records],
+            list(map(attrgetter(field.name), records)),
             pa.string() if pa.types.is_dictionary(field.type) else field.type,
         )
         for field in schema

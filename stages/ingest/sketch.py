@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from stages.dictionary.settings import Part
 from stages.ingest.bands import bands_of
@@ -17,6 +18,8 @@ from stages.words import HashArray, IntArray, hashed_words
 
 _SEED = 1
 """Of the permutations: signatures of all rows of all runs can be compared."""
+
+_ROWS_AT_ONCE = 128
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def write_sketch(
     columns = {
         "row": pa.array(task.first + filled),
         "rank": pa.array([ranks[sources[place]] for place in filled], pa.int32()),
-        "length": pa.array([len(texts[place]) for place in filled], pa.int32()),
+        "length": pc.utf8_length(texts).take(pa.array(filled)).cast(pa.int32()),
         "set": pa.array(_set_numbers(shingles, ends)),
         "shingles": pa.LargeListArray.from_arrays(pa.array(ends), pa.array(shingles)),
     }
@@ -67,23 +70,27 @@ def write_sketch(
     store.write_arrow(task.name, pa.table(columns | bands))
 
 
-def compared_texts(messages: pa.Array, part: Part) -> list[str]:
+def compared_texts(messages: pa.Array, part: Part) -> pa.Array:
     """The text of each conversation's part, one turn a line; system turns left out.
 
     Args:
         messages: conversations that end with the assistant's turn.
         part: its prompt, its response, or both.
+
+    Returns:
+        large_string [conversations].
     """
     turns = messages.flatten()
-    contents, roles = (turns.field(name).to_pylist() for name in ("content", "role"))
-    offsets = (messages.offsets.to_numpy() - messages.offsets[0].as_py()).tolist()
-    texts = []
-    for start, end in pairwise(offsets):
-        first = end - 1 if part == "response" else start
-        last = end - 1 if part == "prompt" else end
-        said = [contents[i] for i in range(first, last) if roles[i] != "system"]
-        texts.append("\n".join(said))
-    return texts
+    offsets = messages.offsets.to_numpy() - messages.offsets[0].as_py()
+    last = np.zeros(len(turns), bool)
+    last[offsets[1:] - 1] = True
+    said = pc.not_equal(turns.field("role"), "system").to_numpy(zero_copy_only=False)
+    if part != "both":
+        said = said & (last if part == "response" else ~last)
+    before = np.concatenate([[0], np.cumsum(said)])[offsets]
+    contents = turns.field("content").filter(pa.array(said))
+    lists = pa.ListArray.from_arrays(pa.array(before, pa.int32()), contents)
+    return pc.binary_join(lists, "\n").cast(pa.large_string())
 
 
 def _distinct(numbers: HashArray, before: IntArray) -> tuple[HashArray, IntArray]:
@@ -108,11 +115,15 @@ def _signatures(shingles: HashArray, ends: IntArray, permutations: int) -> HashA
     """MinHash signatures, uint64 [rows, permutations]."""
     from rensa import RMinHash
 
-    matrix = RMinHash.digest_matrix_from_flat_token_hashes(
-        shingles, ends.astype(np.uint64), permutations, _SEED
-    )
-    flat: Sequence[Sequence[int]] = matrix.to_rows()
-    return np.array(flat, np.uint64).reshape(len(ends) - 1, permutations)
+    found = np.empty((len(ends) - 1, permutations), np.uint64)
+    # A signature passes through Python's numbers: of few rows at once they stay in the cache.
+    for start in range(0, len(found), _ROWS_AT_ONCE):
+        some = ends[start : start + _ROWS_AT_ONCE + 1]
+        matrix = RMinHash.digest_matrix_from_flat_token_hashes(
+            shingles[some[0] : some[-1]], (some - some[0]).astype(np.uint64), permutations, _SEED
+        )
+        found[start : start + _ROWS_AT_ONCE] = matrix.to_rows()
+    return found
 
 
 def _band_numbers(signatures: HashArray, settings: NearDuplicateSettings) -> dict[str, pa.Array]:

@@ -103,12 +103,13 @@ def detect_form(record: Mapping[str, Any]) -> Form | None:
     return "messages" if _is_conversation(record.get("chosen")) else None
 
 
-def parse(record: Mapping[str, Any], source: Source) -> Parsed:
+def parse(record: Mapping[str, Any], source: Source, *, answered: bool | None = None) -> Parsed:
     """A record as turns, by the source's form or column map.
 
     Args:
         record: its columns.
-        source: what the recipe says; a `Target`'s records may lack the response.
+        source: what the recipe says.
+        answered: whether it must have a response; unset: all but a `Target`'s must.
 
     Raises:
         RowError: the record cannot be a row; the text is the reason.
@@ -116,7 +117,9 @@ def parse(record: Mapping[str, Any], source: Source) -> Parsed:
     form = source.form
     if form == "auto":
         form = "columns" if source.columns else (detect_form(record) or "auto")
-    fields = _Fields(record, form, source)
+    if answered is None:
+        answered = not isinstance(source, Target)
+    fields = _Fields(record, form, source, answered)
     _refuse_bad_label(record, source)
     chosen = _chosen(fields, source)
     if form == "auto":
@@ -128,7 +131,7 @@ def parse(record: Mapping[str, Any], source: Source) -> Parsed:
     else:
         turns = _from_columns(fields, chosen)
     messages = _with_system([turn.message for turn in turns], fields)
-    check_order(messages, needs_response=not isinstance(source, Target))
+    check_order(messages, needs_response=answered)
     stripped = [without_end_markers(message) for message in messages]
     messages = [message for message, _ in stripped]
     fields.rest_of(turns)
@@ -148,9 +151,11 @@ def parse(record: Mapping[str, Any], source: Source) -> Parsed:
 class _Fields:
     """A record's columns by our field names, and which of them were used."""
 
-    def __init__(self, record: Mapping[str, Any], form: Form, source: Source) -> None:
+    def __init__(
+        self, record: Mapping[str, Any], form: Form, source: Source, answered: bool
+    ) -> None:
         self.record = record
-        self.is_target = isinstance(source, Target)
+        self.answered = answered
         self.is_mapped = form == "columns"
         self.names: Mapping[str, tuple[str, ...]] = {}
         if self.is_mapped:
@@ -177,7 +182,8 @@ class _Fields:
         if not names:
             return None
         if len(names) == 1:
-            return self.take_column(names[0])
+            self._used.add(names[0])
+            return self.record.get(names[0])
         filled = [name for name in names if self.record.get(name) is not None]
         if any(self.record[name] != self.record[filled[0]] for name in filled[1:]):
             raise RowError(f"ambiguous: {' and '.join(filled)} differ")
@@ -244,7 +250,7 @@ def _from_columns(fields: _Fields, chosen: object) -> list[Turn]:
         if response not in (None, chosen):
             raise RowError(f"ambiguous: {where} and chosen differ")
         response, where = chosen, "chosen"
-    if fields.is_target and (response is None or _is_blank(response)):
+    if not fields.answered and (response is None or _is_blank(response)):
         return turns
     if response is None:
         raise RowError(f"no_assistant_turn: {where} is missing")
@@ -261,7 +267,7 @@ def _prompt(fields: _Fields) -> list[Turn]:
     if value is None and not added:
         raise RowError(f"missing_turn: {where} is missing")
     if isinstance(value, list) and not added:
-        if fields.is_target and value and all(isinstance(one, str) for one in value):
+        if not fields.answered and value and all(isinstance(one, str) for one in value):
             # The later questions depend on answers that nobody gave yet: they stay in `extra`.
             fields.give_back("prompt")
             return [Turn(text_turn("user", value[0], f"{where}[0]"), {})]

@@ -182,13 +182,15 @@ def _zst_pieces(url: str) -> Iterator[bytes]:
 
 
 def _zst_lines(url: str) -> Iterator[bytes]:
-    rest = b""
+    rest: list[bytes] = []
     for piece in _zst_pieces(url):
-        *lines, rest = (rest + piece).split(b"\n")
+        *lines, last = piece.split(b"\n")
         for line in lines:
-            yield line + b"\n"
-    if rest:
-        yield rest
+            yield b"".join([*rest, line, b"\n"])
+            rest.clear()
+        rest.append(last)
+    if any(rest):
+        yield b"".join(rest)
 
 
 # JSON

@@ -31,6 +31,9 @@ REASONS: dict[str, str] = {
 NO_FAULT = ("duplicate", "near_duplicate", "contaminated")
 """Reasons that say nothing against a source: `max_reject_rate` doesn't count them."""
 
+UNANSWERED = ("empty_turn", "no_assistant_turn")
+"""Reasons of which the want of a response is one."""
+
 
 def code_of(reason: str) -> str:
     """The code at the start of a reason."""
