@@ -2,7 +2,8 @@
 
 Targets are drawn from three of eight real sources in the proportions 0.5, 0.3 and 0.2; their rows
 are kept out of the pool. Vectors are those of the embedding stage's encoder. The mixture stage then
-solves it once for each objective, and for each weighting that it is compared with.
+solves it once for each objective, and for each weighting that it is compared with. Each repeat
+draws targets and pool anew, from twice the rows that the pool needs.
 
     python benchmarks/mixture_planted.py --json FILE
     python benchmarks/mixture_planted.py --vectors vectors.npz    (kept between calls)
@@ -14,6 +15,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any, get_args
@@ -47,30 +49,44 @@ def texts_of(file: str, count: int) -> list[str]:
     return [texts[i] for i in chosen]
 
 
-def embedded(pool: int, targets: int) -> dict[str, Any]:
-    """Vectors of the pool, float32 [n, d], the number of each one's source, and of the targets."""
+def embedded(count: int) -> dict[str, Any]:
+    """Vectors of so many rows of each source, float32 [n, d], by file."""
     engine = make_engine("embedder", ModelSettings(model=ENCODER))
-    rows, source, wanted = [], [], []
-    for number, file in enumerate(FILES):
-        held = round(PLANTED.get(file.split(".")[0], 0.0) * targets)
-        vectors = engine.embed(texts_of(file, pool + held)).vectors
-        wanted.append(vectors[:held])
-        rows.append(vectors[held:])
-        source += [number] * len(rows[-1])
-        print(f"{file}: {len(vectors)} rows embedded", file=sys.stderr)
+    made = {}
+    for file in FILES:
+        made[file] = engine.embed(texts_of(file, count)).vectors
+        print(f"{file}: {len(made[file])} rows embedded", file=sys.stderr, flush=True)
     engine.close()
-    return {"x": np.concatenate(rows), "source": np.array(source), "y": np.concatenate(wanted)}
+    return made
 
 
-def vectors_of(path: str | None, pool: int, targets: int) -> dict[str, Any]:
+def vectors_of(path: str | None, count: int) -> dict[str, Any]:
     """Embedded now, or read from where an earlier call kept them."""
     if path and Path(path).exists():
         with np.load(path) as kept:
             return dict(kept)
-    made = embedded(pool, targets)
+    made = embedded(count)
     if path:
         np.savez(path, **made)
     return made
+
+
+def drawn(vectors: dict[str, Any], pool: int, targets: int, draw: int) -> dict[str, Any]:
+    """Rows float32 [n, d], the number of each one's source [n], and targets float32 [m, d].
+
+    Targets hold the planted proportions exactly; draw 0 takes the rows as they come.
+    """
+    rows, source, wanted = [], [], []
+    for number, file in enumerate(FILES):
+        held = round(PLANTED.get(file.split(".")[0], 0.0) * targets)
+        order = np.arange(len(vectors[file]))
+        if draw:
+            order = np.random.default_rng([SEED, number, draw]).permutation(order)
+        chosen = vectors[file][order[: held + pool]]
+        wanted.append(chosen[:held])
+        rows.append(chosen[held:])
+        source += [number] * len(rows[-1])
+    return {"x": np.concatenate(rows), "source": np.array(source), "y": np.concatenate(wanted)}
 
 
 class Shards:
@@ -93,11 +109,10 @@ class Shards:
         return reduce(merge, (fn(*pair) for pair in zip(self.iter(names), parts, strict=True)))
 
 
-def solved(vectors: dict[str, Any], chosen: dict[str, np.ndarray], method: str) -> dict[str, Any]:
+def solved(sample: dict[str, Any], method: str) -> dict[str, Any]:
     """The mixture stage's report, with the seconds of processor time that it took."""
     names = [file.split(".")[0] for file in FILES]
-    rows, points = vectors["x"][chosen["rows"]], vectors["y"][chosen["targets"]]
-    source = vectors["source"][chosen["rows"]]
+    rows, points, source = sample["x"], sample["y"], sample["source"]
     ids = [f"{i:032x}" for i in range(len(rows))]
     table = pa.table({"id": ids, "embedding": list(rows)})
     targets = pa.table(
@@ -128,6 +143,36 @@ def solved(vectors: dict[str, Any], chosen: dict[str, np.ndarray], method: str) 
     return report | {"processor_seconds": time.process_time() - start}
 
 
+def mean_and_deviation(values: Sequence[float]) -> list[float]:
+    """The mean, and the standard deviation between draws (NaN of one)."""
+    return [float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else np.nan]
+
+
+def summary_of(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Over the draws: error, weights, and how often a range holds what was planted."""
+    names = list(found[0]["weights"])
+    ranges = [
+        one["ranges"][name][0] - 1e-9 <= PLANTED.get(name, 0.0) <= one["ranges"][name][1] + 1e-9
+        for one in found
+        if one["ranges"] is not None
+        for name in names
+    ]
+    return {
+        "error": mean_and_deviation([error_of(one["weights"]) for one in found]),
+        "weights": {
+            name: mean_and_deviation([one["weights"][name] for one in found]) for name in names
+        },
+        "planted_within_range": float(np.mean(ranges)) if ranges else None,
+        "gap": mean_and_deviation([one["gap"] for one in found]),
+        "processor_seconds": mean_and_deviation([one["processor_seconds"] for one in found]),
+    }
+
+
+def kept_of(report: dict[str, Any]) -> dict[str, Any]:
+    """What the results keep of one draw."""
+    return {"error": error_of(report["weights"])} | {key: report[key] for key in KEPT}
+
+
 def error_of(weights: dict[str, float]) -> float:
     """Half the sum of absolute differences from the planted weights: 0 to 1."""
     return sum(abs(weight - PLANTED.get(name, 0.0)) for name, weight in weights.items()) / 2
@@ -137,38 +182,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pool", type=int, default=600, help="rows of each source")
     parser.add_argument("--targets", type=int, default=500)
-    parser.add_argument("--repeats", type=int, default=5, help="on half of the rows and targets")
+    parser.add_argument("--repeats", type=int, default=5, help="draws of targets and pool")
     parser.add_argument("--methods", nargs="+", choices=get_args(Method), default=get_args(Method))
     parser.add_argument("--vectors", metavar="FILE")
     parser.add_argument("--json", metavar="FILE")
     asked = parser.parse_args()
-    vectors = vectors_of(asked.vectors, asked.pool, asked.targets)
-    n, m = len(vectors["x"]), len(vectors["y"])
-    draws = np.random.default_rng(SEED)
-    subsets = [{"rows": np.arange(n), "targets": np.arange(m)}]
-    for _ in range(asked.repeats):
-        halves = {"rows": draws.permutation(n)[: n // 2], "targets": draws.permutation(m)[: m // 2]}
-        subsets.append({name: np.sort(places) for name, places in halves.items()})
-    report: dict[str, Any] = {"planted": PLANTED, "rows": n, "targets": m, "methods": {}}
-    print(f"{n} rows, {m} targets; error is half the sum of absolute differences")
-    print(f"{'method':13} {'error':>6} {'halves: mean':>13} {'worst':>6} {'cpu s':>6}  weights")
+    vectors = vectors_of(asked.vectors, 2 * asked.pool)
+    samples = [drawn(vectors, asked.pool, asked.targets, draw) for draw in range(asked.repeats)]
+    n, m = len(samples[0]["x"]), len(samples[0]["y"])
+    report: dict[str, Any] = {
+        "planted": PLANTED, "rows": n, "targets": m, "draws": asked.repeats, "methods": {},
+    }  # fmt: skip
+    print(f"{n} rows, {m} targets, {asked.repeats} draws: mean and standard deviation over draws;")
+    print("error is half the sum of absolute differences from what was planted")
     for method in asked.methods:
-        found = [solved(vectors, subset, method) for subset in subsets]
-        errors = [error_of(one["weights"]) for one in found]
-        first = found[0]
-        shown = {name: round(w, 3) for name, w in first["weights"].items() if w > 0.0005}
-        print(
-            f"{method:13} {errors[0]:6.3f} {np.mean(errors[1:] or [np.nan]):13.3f} "
-            f"{max(errors[1:], default=np.nan):6.3f} "
-            f"{first['processor_seconds']:6.1f}  {shown}",
-            flush=True,
+        found = [solved(sample, method) for sample in samples]
+        summary = summary_of(found)
+        report["methods"][method] = summary | {"draws": [kept_of(one) for one in found]}
+        shown = ", ".join(
+            f"{name} {mean:.3f} ± {sd:.3f}"
+            for name, (mean, sd) in summary["weights"].items()
+            if mean > 0.0005
         )
-        report["methods"][method] = {
-            "error": errors[0],
-            "errors_of_halves": errors[1:],
-            **{key: first[key] for key in KEPT},
-            "shrinkage_of_halves": [one["shrinkage"] for one in found[1:]],
-        }
+        error = summary["error"]
+        print(f"{method:13} error {error[0]:.3f} ± {error[1]:.3f}; {shown}", flush=True)
     if asked.json:
         Path(asked.json).write_text(json.dumps(report, indent=1) + "\n")
 
