@@ -20,6 +20,7 @@ from stages.errors import ConfigError
 from stages.explanation.settings import ExplanationSettings
 from stages.rows import key_hash
 from stages.selection.activation_coverage import ACTIVE
+from stages.selection.stage import KEPT
 from stages.storage import Store
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ async def _row(run: Store, config: Config, flow: Flow, row: str) -> str:
     with opened("reader", _student(config)) as (reader, _):
         latents = await explainer.row(found["effective_messages"], task, reader)
     lines = [
-        f"row        {record['id']} of {record['source']}",
+        f"row        {record['id']} of {record['source']}{_decision(run, record['id'])}",
         f"similarity {found['similarity']:.4g}, nearest task {task}",
         "",
         "What it shares with that task, by latent; [token] where the latent is strongest:",
@@ -78,6 +79,15 @@ async def _row(run: Store, config: Config, flow: Flow, row: str) -> str:
     return "\n".join(lines)
 
 
+def _decision(run: Store, row: str) -> str:
+    """What selection said of a row; nothing where it isn't complete."""
+    if read_manifest(run, "selection") is None:
+        return ""
+    decisions = run.read_table("selection/decisions.parquet", ["id", "reason"])
+    (reason,) = decisions.filter(pc.equal(decisions["id"], row))["reason"].to_pylist()
+    return f": {reason}" if reason.startswith(KEPT) else f": dropped, {reason}"
+
+
 async def _latent(run: Store, config: Config, flow: Flow, latent: int, rows: int) -> str:
     explainer = _explainer(run, config, ExplanationSettings(places=3))
     width = explainer.prototypes.codes.shape[1]
@@ -85,8 +95,8 @@ async def _latent(run: Store, config: Config, flow: Flow, latent: int, rows: int
         raise ConfigError(f"there is no latent {latent}: the dictionary has {width}, from 0")
     candidates, how = _candidates(run, config, flow, latent, rows)
     with opened("reader", _student(config)) as (reader, _):
-        found = await explainer.latent(
-            latent, [row["effective_messages"] for row in candidates], reader
+        (found,) = await explainer.latents(
+            [latent], [row["effective_messages"] for row in candidates], reader
         )
     lines = [f"latent {latent} of {width}"]
     pairs = zip(explainer.prototypes.tasks, explainer.prototypes.codes[:, latent], strict=True)

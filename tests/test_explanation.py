@@ -102,6 +102,31 @@ def test_report_explains_selected_rows_by_what_they_share(run: Any) -> None:
     assert "Coverage of the targets" in page
 
 
+def test_report_shows_the_top_rows_of_the_latents_that_explain_most(run: Any) -> None:
+    folder = run.run_folder / "explanation"
+    explained = json.loads((folder / "explanations.json").read_text())
+    shares: Counter[int] = Counter()
+    for row in explained:
+        shares.update({one["latent"]: one["share"] for one in row["latents"]})
+    found = json.loads((folder / "latents.json").read_text())
+    assert [one["latent"] for one in found] == [latent for latent, _ in shares.most_common(3)]
+    decisions = pq.read_table(run.run_folder / "selection" / "decisions.parquet").to_pylist()
+    kept = [row["id"] for row in decisions if row["keep"]]
+    peaks = {row: token_codes(run, records(run)[row])[1].max(axis=0) for row in kept}
+    page = (run.run_folder / "dataset" / "report.html").read_text()
+    assert "Where these latents are strongest" in page
+    for one in found:
+        of_rows = {row: float(peak[one["latent"]]) for row, peak in peaks.items()}
+        assert one["read"] == len(kept)
+        assert one["active"] == sum(peak > 0 for peak in of_rows.values())
+        strongest = sorted(of_rows.values(), reverse=True)[:3]
+        assert [row["peak"] for row in one["rows"]] == pytest.approx(strongest, rel=1e-4)
+        for row in one["rows"]:
+            assert row["peak"] == pytest.approx(of_rows[row["id"]], rel=1e-4)
+            assert row["places"][0]["activation"] == row["peak"]
+            assert row["id"][:12] in page
+
+
 @contextmanager
 def fake_reader(_kind: str, _settings: Any) -> Iterator[Any]:
     yield LocalHandle(FakeReader(Counter())), None
@@ -112,10 +137,21 @@ def test_command_explains_a_row(run: Any, monkeypatch: pytest.MonkeyPatch) -> No
     explained = json.loads((run.run_folder / "explanation" / "explanations.json").read_text())
     text = explanation(str(run.run_folder), explained[0]["id"][:12], 5)
     assert f"nearest task {explained[0]['task']}" in text
+    assert f"of {explained[0]['source']}: kept\n" in text
     told = re.findall(r"latent (\d+): ([\d.]+)%", text)
     for (latent, share), one in zip(told, explained[0]["latents"], strict=False):
         assert int(latent) == one["latent"]
         assert float(share) == pytest.approx(100 * one["share"], abs=0.06)
+
+
+def test_command_explains_a_dropped_row_and_says_so(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.explain.opened", fake_reader)
+    decisions = pq.read_table(run.run_folder / "selection" / "decisions.parquet").to_pylist()
+    dropped = next(row for row in decisions if row["reason"] == "below_cut")
+    text = explanation(str(run.run_folder), dropped["id"], 5)
+    assert f"row        {dropped['id']} of {dropped['source']}: dropped, below_cut\n" in text
 
 
 def test_command_finds_the_rows_of_a_latent(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

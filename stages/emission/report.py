@@ -77,6 +77,14 @@ class Chosen:
         return np.union1d(self.ranked.numbers, self.searched).astype(np.int64)
 
 
+@dataclass(frozen=True)
+class Explained:
+    """Selected rows with the latents that they share with their task, and those latents' rows."""
+
+    rows: Sequence[Mapping[str, Any]] = ()
+    latents: Sequence[Mapping[str, Any]] = ()
+
+
 def report_html(
     facts: Facts,
     gathered: Gathered,
@@ -84,7 +92,7 @@ def report_html(
     order: IntArray,
     chosen: Chosen,
     rejects: Sequence[Mapping[str, Any]],
-    explained: Sequence[Mapping[str, Any]] = (),
+    explained: Explained = Explained(),
     mixture_charts: Sequence[tuple[str, Markup]] = (),
 ) -> bytes:
     """The page. Its times are the manifests', so they differ between runs of one recipe.
@@ -96,7 +104,7 @@ def report_html(
         order: emitted row numbers, copies included.
         chosen: the rows that are shown.
         rejects: rejected records that are shown.
-        explained: selected rows with the latents that they share with their task.
+        explained: what made rows similar to the targets.
         mixture_charts: titles and charts of the mixture.
     """
     emitted = np.unique(order)

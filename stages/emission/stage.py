@@ -40,14 +40,14 @@ from stages.emission.publication import emitted_licenses, model_facts, window_fa
 from stages.emission.quotas import plan_quotas, shares
 from stages.emission.records import StageRecord, read_records
 from stages.emission.rejects import rejected_examples
-from stages.emission.report import Chosen, report_html
+from stages.emission.report import Chosen, Explained, report_html
 from stages.emission.sample import FloatArray, IntArray, fill_quota, sampling_order, shuffled
 from stages.emission.settings import EmissionSettings
 from stages.emission.shards import ShardFile, plan_schema, write_lines, write_shards
 from stages.emission.splits import prompt_count, split_rows
 from stages.emission.trainers import trainer_files
 from stages.errors import ConfigError, StageError
-from stages.explanation.stage import EXPLANATIONS
+from stages.explanation.stage import EXPLANATIONS, TOP_ROWS
 from stages.mixture.emitted import emitted_value
 from stages.mixture.settings import MixtureSettings
 from stages.storage import Store
@@ -83,7 +83,7 @@ class EmissionStage:
     """
 
     name = "emission"
-    version = 6
+    version = 7
 
     def __init__(
         self,
@@ -426,13 +426,12 @@ class EmissionStage:
         }
 
 
-def _explained(artifacts: Mapping[str, Store]) -> list[dict[str, Any]]:
-    """Rows with the latents that they share with their task; none where no stage explained any."""
+def _explained(artifacts: Mapping[str, Store]) -> Explained:
+    """What the explanation stage found; nothing where there is none."""
     store = artifacts.get("explanation")
-    if store is None or not store.exists(EXPLANATIONS):
-        return []
-    explained: list[dict[str, Any]] = store.read_json(EXPLANATIONS)
-    return explained
+    if store is None:
+        return Explained()
+    return Explained(store.read_json(EXPLANATIONS), store.read_json(TOP_ROWS))
 
 
 def _report(facts: Facts) -> dict[str, Any]:

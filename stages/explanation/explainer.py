@@ -130,29 +130,37 @@ class Explainer:
             for column, latent in enumerate(best)
         ]
 
-    async def latent(
-        self, latent: int, rows: Sequence[Sequence[Message]], reader: FeatureReader
-    ) -> list[LatentInRow]:
-        """The rows in which a latent is active, by its largest activation, strongest first.
+    async def latents(
+        self, latents: Sequence[int], rows: Sequence[Sequence[Message]], reader: FeatureReader
+    ) -> list[list[LatentInRow]]:
+        """For each latent the rows in which it is active, by its largest activation there.
 
         Raises:
             StageError: the dictionary has no such latent.
             RowError: a row has no content token.
         """
-        if latent >= self.prototypes.codes.shape[1]:
-            raise StageError(
-                f"there is no latent {latent}: the dictionary has {self.prototypes.codes.shape[1]}"
-            )
+        width = self.prototypes.codes.shape[1]
+        for latent in latents:
+            if latent >= width:
+                raise StageError(f"there is no latent {latent}: the dictionary has {width}")
         sequences = [self._sequence(messages) for messages in rows]
         activations = await reader.latent_activations(
-            sequences, self._layer, self._dictionary, [latent]
+            sequences, self._layer, self._dictionary, list(latents)
         )
-        found = [
-            LatentInRow(number, float(values.max()), self._places(sequence, values[:, 0]))
-            for number, (sequence, values) in enumerate(zip(sequences, activations, strict=True))
-            if values.max() > 0
+        return [
+            sorted(
+                (
+                    LatentInRow(number, float(values.max()), self._places(sequence, values))
+                    for number, (sequence, read) in enumerate(
+                        zip(sequences, activations, strict=True)
+                    )
+                    for values in [read[:, column]]
+                    if values.max() > 0
+                ),
+                key=lambda one: (-one.peak, one.number),
+            )
+            for column in range(len(latents))
         ]
-        return sorted(found, key=lambda one: (-one.peak, one.number))
 
     def _sequence(self, messages: Sequence[Message]) -> MaskedSequence:
         tokenizer, window = cached_tokenizer(self._student), self._student.max_length

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,7 +19,12 @@ from stages.features.settings import FeaturesSettings
 from stages.rows import LABEL, canonical_json, key_hash
 from stages.storage import Store
 
+if TYPE_CHECKING:
+    from stages.engines import FeatureReader
+    from stages.explanation.explainer import Explainer
+
 EXPLANATIONS = "explanations.json"
+TOP_ROWS = "latents.json"
 
 _PLACE = pa.struct(
     [
@@ -53,7 +59,7 @@ class ExplanationStage:
     """Explains a sample of the rows that selection kept, for the report."""
 
     name = "explanation"
-    version = 1
+    version = 2
     on_targets = False
 
     def __init__(
@@ -91,9 +97,10 @@ class ExplanationStage:
         engines: Mapping[str, Any],
         artifacts: Mapping[str, Store] = NO_ARTIFACTS,
     ) -> Artifact:
-        """`explanations.json`: a list of rows with the latents that they share with their task.
+        """Rows with the latents that they share with their task, and those latents' top rows.
 
-        Kept rows that features wasn't asked for, or failed on, aren't explained.
+        `explanations.json` is a list of the former, `latents.json` of the latter. Kept rows that
+        features wasn't asked for, or failed on, aren't read.
         """
         from stages.explanation.explainer import Explainer
 
@@ -107,9 +114,9 @@ class ExplanationStage:
         )
         decisions = artifacts["selection"].read_table("decisions.parquet", ["id", "keep"])
         kept = decisions.filter(decisions["keep"])["id"]
-        chosen = self._chosen(columns, kept)
+        sample = self._sample(columns, kept, max(self.settings.rows, self.settings.read))
         explained = []
-        for row in chosen:
+        for row in sample[: self.settings.rows]:
             latents = await explainer.row(
                 row["effective_messages"], row["nearest_task"], engines["student"]
             )
@@ -122,10 +129,54 @@ class ExplanationStage:
                     "latents": [asdict(latent) for latent in latents],
                 }
             )
-        data = canonical_json(explained).encode()
-        return Artifact({EXPLANATIONS: data}, {"rows": len(explained)})
+        top_rows = await self._top_rows(
+            explainer, explained, sample[: self.settings.read], engines["student"]
+        )
+        return Artifact(
+            {
+                EXPLANATIONS: canonical_json(explained).encode(),
+                TOP_ROWS: canonical_json(top_rows).encode(),
+            },
+            {"rows": len(explained), "latents": len(top_rows)},
+        )
 
-    def _chosen(self, columns: ShardedColumns, kept: pa.ChunkedArray) -> list[dict[str, Any]]:
+    async def _top_rows(
+        self,
+        explainer: Explainer,
+        explained: Sequence[Mapping[str, Any]],
+        rows: Sequence[Mapping[str, Any]],
+        reader: FeatureReader,
+    ) -> list[dict[str, Any]]:
+        """The latents that explain most in sum, each with the rows where it is strongest."""
+        shares: Counter[int] = Counter()
+        for row in explained:
+            shares.update({one["latent"]: one["share"] for one in row["latents"]})
+        named = sorted(shares, key=lambda latent: (-shares[latent], latent))
+        named = named[: self.settings.latents]
+        if not named:
+            return []
+        found = await explainer.latents(named, [row["effective_messages"] for row in rows], reader)
+        return [
+            {
+                "latent": latent,
+                "read": len(rows),
+                "active": len(inside),
+                "rows": [
+                    {
+                        "id": rows[one.number]["id"],
+                        "source": rows[one.number]["source"],
+                        "peak": one.peak,
+                        "places": [asdict(place) for place in one.places],
+                    }
+                    for one in inside[: self.settings.top_rows]
+                ],
+            }
+            for latent, inside in zip(named, found, strict=True)
+        ]
+
+    def _sample(
+        self, columns: ShardedColumns, kept: pa.ChunkedArray, number: int
+    ) -> list[dict[str, Any]]:
         """Kept rows with a similarity, of lowest hash."""
         rows: list[tuple[int, str, dict[str, Any]]] = []
         for table in columns.iter(self.columns().needs):
@@ -135,5 +186,5 @@ class ExplanationStage:
             )
             mine = table.filter(there).to_pylist()
             hashed = ((key_hash(f"explain:{r['id']}", self._seed), r["id"], r) for r in mine)
-            rows = heapq.nsmallest(self.settings.rows, [*rows, *hashed])
+            rows = heapq.nsmallest(number, [*rows, *hashed])
         return [row for _, _, row in rows]
