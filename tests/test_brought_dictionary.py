@@ -35,7 +35,10 @@ from stages.storage import Store
 
 @pytest.mark.parametrize("field", TRAINING_FIELDS)
 def test_settings_of_training_are_refused_by_name_beside_a_path(field: str) -> None:
-    value = {"training": "topk", "refit": True, "learning_rate": 0.5, "warmup_share": 0.3}
+    value = {
+        "training": "topk", "encoder": "fitted", "refit": True,
+        "learning_rate": 0.5, "warmup_share": 0.3,
+    }  # fmt: skip
     with pytest.raises(ValueError, match=f"nothing is trained: leave out {field}"):
         DictionarySettings(layer=1, path="somewhere", **{field: value.get(field, 7)})
 

@@ -19,6 +19,7 @@ from stages.dictionary.losses import (
     aux_k_loss,
     fraction_of_variance_unexplained,
     geometric_median,
+    least_squares_scale,
     perpendicular_part,
 )
 from stages.dictionary.sae import SparseAutoencoder, SparseAutoencoderConfig
@@ -537,3 +538,34 @@ def test_buffer_given_its_state_back_goes_on_alike(stop: int) -> None:
     assert len(rest) == len(whole) - stop
     for found, expected in zip(rest, whole[stop:], strict=True):
         assert torch.equal(found, expected)
+
+
+def test_least_squares_scale_is_that_of_numpys_solver() -> None:
+    x, x_hat = random_input(40, 6), random_input(40, 6, seed=12)
+    (expected,) = np.linalg.lstsq(x_hat.reshape(-1, 1).numpy(), x.flatten().numpy())[0]
+    assert float(least_squares_scale(x, x_hat)) == pytest.approx(expected, rel=1e-5)
+
+
+@BOTH
+def test_fitted_encoder_begins_with_the_scale_that_reconstructs_best(training: str) -> None:
+    """No scaled transpose explains more of the first batch, and the same latents are active."""
+    config = TrainingConfig(D_IN, 8 * ATOMS, 6, 2, training, "fitted")  # type: ignore[arg-type]
+    batch = next(planted(3))
+    trainer = Trainer(config, 0)
+    started = trainer.step(batch)
+    other = Trainer(TrainingConfig(D_IN, 8 * ATOMS, 6, 2, training), 0)  # type: ignore[arg-type]
+    assert other.step(batch).l0 == started.l0
+    decoder = torch.nn.functional.normalize(
+        torch.randn(8 * ATOMS, D_IN, generator=torch.Generator().manual_seed(0)), dim=-1
+    )
+    bias = geometric_median(batch)
+    pre = torch.relu((batch - bias) @ decoder.T)
+    flat = pre if training == "topk" else pre.flatten()
+    kept = flat.topk(6 if training == "topk" else 6 * len(batch))
+    z = torch.zeros_like(flat).scatter(-1, kept.indices, kept.values).reshape(pre.shape)
+    fvus = [
+        float(fraction_of_variance_unexplained(batch, scale * z @ decoder + bias))
+        for scale in np.linspace(0.02, 1.5, 75)
+    ]
+    assert min(fvus) * 0.99 < started.fvu <= min(fvus) + 1e-6
+    assert started.fvu < fvus[49] - 0.01  # scale 1

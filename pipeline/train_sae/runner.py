@@ -284,6 +284,7 @@ class _Training:
             k=autoencoder.k,
             steps=settings.steps,
             training=autoencoder.training,
+            encoder=autoencoder.encoder,
             learning_rate=settings.learning_rate,
             warmup_steps=int(settings.warmup_share * settings.steps),
             decay_steps=int(settings.decay_share * settings.steps),

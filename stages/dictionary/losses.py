@@ -24,6 +24,19 @@ def fraction_of_variance_unexplained(x: Tensor, x_hat: Tensor) -> Tensor:
     return (x - x_hat).square().sum() / variance.clamp_min(torch.finfo(x.dtype).tiny)
 
 
+def least_squares_scale(x: Tensor, x_hat: Tensor) -> Tensor:
+    r"""The number by which a reconstruction comes nearest to its target; a scalar.
+
+    .. math:: s = \arg\min_s \sum_t \lVert x_t - s\, \hat x_t \rVert^2
+        = \frac{\sum_t \langle x_t, \hat x_t \rangle}{\sum_t \lVert \hat x_t \rVert^2}
+
+    Args:
+        x: ``[batch, d]``.
+        x_hat: ``[batch, d]``, not all zero.
+    """
+    return (x * x_hat).sum() / x_hat.square().sum()
+
+
 def aux_k_loss(residual: Tensor, dead_latents: Tensor, dead_rows: Tensor, aux_k: int) -> Tensor:
     r"""How badly the dead latents reconstruct what the live ones left; a scalar.
 

@@ -17,6 +17,7 @@ TRAINING_FIELDS = (
     "expansion",
     "k",
     "training",
+    "encoder",
     "steps",
     "batch",
     "learning_rate",
@@ -56,6 +57,11 @@ class DictionarySettings(Settings):
     k: int = Field(default=32, ge=1, description="Active latents per token.")
     training: Literal["topk", "batchtopk"] = Field(
         default="batchtopk", description="batchtopk is saved as jumprelu, topk as topk."
+    )
+    encoder: Literal["transpose", "fitted"] = Field(
+        default="transpose",
+        description="What the encoder starts as: the decoder's transpose, or that fitted in scale "
+        "to the first batch, which reconstructs better and leaves more latents unused.",
     )
     steps: int = Field(default=400, ge=1, description="Optimiser steps.")
     batch: int = Field(default=1024, ge=1, description="Tokens per step.")

@@ -19,6 +19,7 @@ from stages.dictionary.losses import (
     aux_k_loss,
     fraction_of_variance_unexplained,
     geometric_median,
+    least_squares_scale,
     perpendicular_part,
 )
 from stages.dictionary.sae import SparseAutoencoder, SparseAutoencoderConfig
@@ -41,6 +42,8 @@ class TrainingConfig:
         k: Active latents per token; their mean for BatchTopK.
         steps: Optimiser steps.
         training: ``topk`` gives a ``topk`` autoencoder; ``batchtopk`` gives a ``jumprelu`` one.
+        encoder: What the encoder starts as: the decoder's ``transpose``, or that ``fitted`` in
+            scale to the first batch.
         learning_rate: Peak rate; None is ``2e-4 / sqrt(n / 2^14)``.
         warmup_steps: First steps, over which the rate rises. The threshold is estimated after them.
         decay_steps: Last steps, over which the rate falls towards zero.
@@ -60,6 +63,7 @@ class TrainingConfig:
     k: int
     steps: int
     training: Literal["topk", "batchtopk"] = "batchtopk"
+    encoder: Literal["transpose", "fitted"] = "transpose"
     learning_rate: float | None = None
     warmup_steps: int = 0
     decay_steps: int = 0
@@ -73,6 +77,8 @@ class TrainingConfig:
         """Refuse values with which training is undefined."""
         if self.training not in ("topk", "batchtopk"):
             raise ValueError(f"training must be 'topk' or 'batchtopk', got {self.training!r}")
+        if self.encoder not in ("transpose", "fitted"):
+            raise ValueError(f"encoder must be 'transpose' or 'fitted', got {self.encoder!r}")
         # TopK's configuration holds the rules for the sizes and for k.
         SparseAutoencoderConfig(self.d_in, self.d_sae, "topk", self.k)
         if self.aux_k is not None and self.aux_k < 1:
@@ -173,7 +179,7 @@ class Trainer:
         """Make one optimiser step.
 
         The loss is ``FVU(x, x_hat) + aux_coefficient * L_aux``. The first batch's geometric median
-        becomes the decoder bias.
+        becomes the decoder bias; a fitted encoder is scaled so that it is reconstructed best.
 
         Args:
             batch: Activations ``[batch, d]`` of any floating-point dtype.
@@ -191,8 +197,7 @@ class Trainer:
         check_batch(batch, config.d_in)
         x = batch.detach().to(weights.decoder.device, torch.float32)
         if self._step == 0:
-            with torch.no_grad():
-                weights.decoder_bias.copy_(geometric_median(x))
+            self._start(x)
         self._step += 1
         entries = self._entries(x)
         x_hat = sparse_reconstruction(x, weights, entries)
@@ -275,6 +280,17 @@ class Trainer:
         trainer._threshold.sum = numbers["threshold_sum"]
         trainer._threshold.weight = numbers["threshold_weight"]
         return trainer
+
+    @torch.no_grad()
+    def _start(self, x: Tensor) -> None:
+        weights = self._parameters
+        weights.decoder_bias.copy_(geometric_median(x))
+        if self.config.encoder == "fitted":
+            # Latents that lie near a token lie near each other too, and in sum they overshoot.
+            # A scale changes none of the choices of a top-k while the encoder's bias is zero.
+            bias = weights.decoder_bias
+            x_hat = sparse_reconstruction(x, weights, self._entries(x))
+            weights.encoder.mul_(least_squares_scale(x - bias, x_hat - bias))
 
     @torch.no_grad()
     def _entries(self, x: Tensor) -> Entries:
