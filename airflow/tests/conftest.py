@@ -170,13 +170,13 @@ class Api:
         self.ask("POST", f"/dags/{dag}/clearTaskInstances", body)
         wait_for(lambda: self.tasks(dag, run)[task]["try_number"] > number)
 
-    def over(self, dag: str, run: str, seconds: float = 600) -> dict[str, Any]:
+    def over(self, dag: str, run: str, seconds: float = 1800) -> dict[str, Any]:
         """The tasks of a run once it is over."""
         wait_for(lambda: self.state(dag, run) in ("success", "failed"), seconds)
         return self.tasks(dag, run)
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 300.0) -> None:
+def wait_for(condition: Callable[[], Any], seconds: float = 600.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"

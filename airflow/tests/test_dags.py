@@ -181,7 +181,7 @@ def test_task_that_is_cleared_or_failed_while_it_waits_stops_its_job(
 
 
 def test_autoencoder_is_trained_once_and_updates_its_asset(api: Api, tmp_path: Path) -> None:
-    write_rows(tmp_path, 60)
+    write_rows(tmp_path, 200)
     run = tmp_path / "sae"
     value = {
         "name": "small",
