@@ -15,7 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 
@@ -49,17 +49,28 @@ def ray_cluster(bin_folder: Path, env: Mapping[str, str]) -> Iterator[str]:
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PYTEST_"))}
     path = f"{bin_folder}{os.pathsep}{os.environ['PATH']}"
     log = Path(temporary) / "start.log"
-    with log.open("w") as out:
-        head = subprocess.Popen(
-            command,
-            env={**inherited, "PATH": path, **env},
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+
+    def started() -> subprocess.Popen[bytes]:
+        with log.open("w") as out:
+            return subprocess.Popen(
+                command,
+                # Where it stands is where its drivers import from first.
+                cwd=Path(__file__).resolve().parents[1],
+                env={**inherited, "PATH": path, **env},
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    head = started()
     address = f"http://127.0.0.1:{dashboard}"
     try:
-        _wait(address, head, log)
+        for _ in range(4):
+            if _answers(address, head, log):
+                break
+            head = started()
+        else:
+            raise RuntimeError(f"the machine is too busy for Ray: {log.read_text()[-2000:]}")
         yield address
     finally:
         head.send_signal(signal.SIGTERM)
@@ -71,11 +82,18 @@ def ray_cluster(bin_folder: Path, env: Mapping[str, str]) -> Iterator[str]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _wait(address: str, head: subprocess.Popen[bytes], log: Path) -> None:
+def _answers(address: str, head: subprocess.Popen[bytes], log: Path) -> bool:
+    """Wait for the cluster; False where its head gave up because the machine is busy."""
     end = time.monotonic() + 180
     while time.monotonic() < end:
         if head.poll() is not None:
-            raise RuntimeError(f"ray start ended: {log.read_text()[-2000:]}")
+            said = log.read_text()
+            # Ray gives a node 30 s.
+            if "timed out during startup" in said:
+                with suppress(ProcessLookupError):
+                    os.killpg(head.pid, signal.SIGKILL)
+                return False
+            raise RuntimeError(f"ray start ended: {said[-2000:]}")
         try:
             with urllib.request.urlopen(f"{address}/api/version", timeout=5):
                 answers = True
@@ -85,6 +103,6 @@ def _wait(address: str, head: subprocess.Popen[bytes], log: Path) -> None:
             answers = False
         # The dashboard answers before the node is known, and also where it never will be.
         if answers and "Ray runtime started" in log.read_text():
-            return
+            return True
         time.sleep(0.5)
     raise RuntimeError(f"no cluster after 180 s: {log.read_text()[-2000:]}")

@@ -15,6 +15,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -305,6 +306,32 @@ def test_driver_that_finds_the_recipe_wrong_passes_its_exit_status_on(
     unknown = tamis("job", "status", "nobody", "--address", guarded, RAY_AUTH_TOKEN=TOKEN)
     assert unknown.returncode == 2
     assert "knows no job nobody" in unknown.stderr
+
+
+@pytest.mark.slow
+def test_clients_that_meet_an_ended_job_at_once_submit_it_once(
+    guarded: str, recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.jobs.client import JobsClient
+    from pipeline.jobs.submission import submission_of, submitted
+
+    ready(recipe)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    submission = submission_of(str(recipe.path), [], "selection", None)
+    with JobsClient(guarded) as client:
+        client.submit(submission.id, "false", {}, {})
+        wait_for(lambda: client.job(submission.id).status == "FAILED")
+
+        def meet(_: int) -> str:
+            with JobsClient(guarded) as other:
+                return submitted(other, submission).state
+
+        with ThreadPoolExecutor(4) as pool:
+            assert sorted(pool.map(meet, range(4))) == ["attached"] * 3 + ["submitted"]
+        # One that was slow to delete what it had found to have ended.
+        client.delete(submission.id)
+        assert not client.job(submission.id).is_over
+        client.stop(submission.id)
 
 
 @pytest.mark.slow

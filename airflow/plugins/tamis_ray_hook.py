@@ -34,13 +34,11 @@ class Job(NamedTuple):
         status: PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED.
         message: what Ray says about it.
         exit_status: of its driver, None while it runs or where it had none.
-        metadata: what it was submitted with.
     """
 
     status: str
     message: str
     exit_status: int | None
-    metadata: Mapping[str, str]
 
     @property
     def is_over(self) -> bool:
@@ -68,12 +66,7 @@ class RayJobs:
             return None
         value = self._object(reply)
         message = str(value.get("message") or "")
-        return Job(
-            status=str(value.get("status")),
-            message=message,
-            exit_status=value.get("driver_exit_code"),
-            metadata=value.get("metadata") or {},
-        )
+        return Job(str(value.get("status")), message, value.get("driver_exit_code"))
 
     async def submit(
         self,
@@ -108,16 +101,6 @@ class RayJobs:
                 f"{self._address} takes no job within {_STARTING_S:.0f} s; check the head's log "
                 "(dashboard_agent.log); a retry finds the job if it was taken after all"
             ) from error
-
-    async def delete(self, job_id: str) -> None:
-        """Forget a job that has ended, so that its id is free, or another client's by now."""
-        try:
-            await self._asked("DELETE", f"/api/jobs/{job_id}")
-        except Unanswered:
-            # Ray has no status of its own for a job that is gone or, submitted anew, under way.
-            found = await self.job(job_id)
-            if found is not None and found.is_over:
-                raise
 
     async def logs(self, job_id: str) -> str:
         """All that a job's driver has written so far."""
@@ -168,7 +151,8 @@ class RayJobs:
                 f"no Ray dashboard answers at {address} ({error}); check that the head runs and "
                 f"that the connection {self._conn_id} names its dashboard"
             ) from error
-        lines = reply.text.strip().splitlines() or ["nothing"]
+        # Ray sends tracebacks, and adds a full stop of its own.
+        lines = [line for line in reply.text.splitlines() if line.strip(". ")] or ["nothing"]
         said = f"{reply.status_code}, {lines[-1][:300]}"
         if reply.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
             raise Refused(

@@ -35,8 +35,6 @@ _CONFIG_WRONG = 2
 """Exit status of a driver that found its recipe wrong."""
 _TAIL = 30
 """Lines of a failed driver's output that its error quotes."""
-_TASK, _TRY = "airflow_task", "airflow_try"
-"""What a job's metadata say: who submitted it."""
 _EVENTS = 100
 """Updates of an asset among which a run directory's own last one is looked for."""
 _RESULT = ("run", "manifest", "rows", "digest")
@@ -46,9 +44,9 @@ _RESULT = ("run", "manifest", "rows", "digest")
 class TamisOperator(BaseOperator):
     """Runs a tamis command as a job of a Ray cluster.
 
-    The job's id is a function of DAG, run, task and command, so that a task that is tried again
-    finds its job again. The command is given `--json`: its last line says what was done, and its
-    fields are this task's XComs.
+    The job's id is a function of DAG, run, task, command and try, so that a task that is tried
+    again finds the job of an earlier try that is still under way. The command is given `--json`:
+    its last line says what was done, and its fields are this task's XComs.
 
     The task's outlets are updated when the result isn't the one that they were last updated with.
     """
@@ -130,8 +128,7 @@ class TamisOperator(BaseOperator):
                 directory in use: a retry goes on from what is committed.
             DownstreamTasksSkipped: the recipe lacks the stages that come next.
         """
-        ti = context["ti"]
-        job_id = job_id_of(ti, self.command)
+        ti, job_id = context["ti"], event["job"]
         if event["why"] == "refused":
             raise AirflowFailException(event["error"])
         if event["why"] == "lost":
@@ -139,7 +136,7 @@ class TamisOperator(BaseOperator):
         if event["why"] == "timeout":
             raise AirflowException(f"job {job_id} was stopped after {self.job_timeout}")
         job, output = self._answer(lambda jobs: _ended(jobs, job_id))
-        if job.status == "STOPPED" and job.metadata.get(_TRY) != str(ti.try_number):
+        if job.status == "STOPPED" and job_id != job_id_of(ti, self.command):
             self._wait(ti)
         if job.status != "SUCCEEDED":
             tail = "\n".join(output.strip().splitlines()[-_TAIL:])
@@ -182,29 +179,28 @@ class TamisOperator(BaseOperator):
         return stages
 
     def _wait(self, ti: Any) -> NoReturn:
-        job_id = job_id_of(ti, self.command)
-        self._answer(lambda jobs: self._submitted(jobs, job_id, str(ti.try_number)))
+        job_id = self._answer(lambda jobs: self._submitted(jobs, ti))
         deadline = time.time() + self.job_timeout.total_seconds() if self.job_timeout else None
         trigger = RayJobTrigger(self.conn_id, job_id, deadline, self.poll_s)
         self.defer(trigger=trigger, method_name="finish")
 
-    async def _submitted(self, jobs: RayJobs, job_id: str, try_number: str) -> None:
-        found = await jobs.job(job_id)
-        self._stop = partial(jobs.stop, job_id)
-        if found is not None and not found.is_over:
-            self.log.info("job %s is under way", job_id)
-            return
-        if found is not None:
-            # Also one that succeeded: whether there is something to do is for the driver to say.
-            self.log.info("job %s ended before (%s)", job_id, found.status)
-            await jobs.delete(job_id)
+    async def _submitted(self, jobs: RayJobs, ti: Any) -> str:
+        """Id of the job to wait for: an earlier one that is under way, or a new one."""
+        own, *earlier = [job_id_of(ti, self.command, n) for n in range(ti.try_number, 0, -1)]
+        for job_id in (own, *earlier):
+            found = await jobs.job(job_id)
+            if found is not None and (job_id == own or not found.is_over):
+                self._stop = partial(jobs.stop, job_id)
+                self.log.info("job %s was submitted before: %s", job_id, found.status)
+                return job_id
+        self._stop = partial(jobs.stop, own)
         entrypoint = shlex.join([self.python, "-m", "pipeline", *self.command, "--json"])
-        metadata = {_TASK: self.task_id, _TRY: try_number}
-        await jobs.submit(job_id, entrypoint, self.runtime_env, metadata)
-        self.log.info("job %s: %s", job_id, entrypoint)
+        await jobs.submit(own, entrypoint, self.runtime_env, {"airflow_task": self.task_id})
+        self.log.info("job %s: %s", own, entrypoint)
         if self._killed:
-            await jobs.stop(job_id)
-            raise AirflowException(f"job {job_id} was stopped: its task was killed")
+            await jobs.stop(own)
+            raise AirflowException(f"job {own} was stopped: its task was killed")
+        return own
 
     def _answer(self, ask: Callable[[RayJobs], Coroutine[Any, Any, T]]) -> T:
         try:
@@ -242,11 +238,12 @@ async def _ended(jobs: RayJobs, job_id: str) -> tuple[Job, str]:
     return job, await jobs.logs(job_id)
 
 
-def job_id_of(ti: Any, command: Sequence[str]) -> str:
-    """Submission id of a task instance: the same for every try of it with the same command."""
+def job_id_of(ti: Any, command: Sequence[str], number: int | None = None) -> str:
+    """Submission id of a task instance's try with a command; by default of the present try."""
     key = json.dumps([ti.dag_id, ti.run_id, ti.task_id, ti.map_index, *command])
     digest = hashlib.sha256(key.encode()).hexdigest()[:12]
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", f"{ti.dag_id}-{ti.task_id}-{digest}")
+    name = f"{ti.dag_id}-{ti.task_id}-{digest}-{ti.try_number if number is None else number}"
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", name)
 
 
 def last_extra(events: InletEventsAccessor, run: str) -> Mapping[str, Any] | None:

@@ -45,8 +45,8 @@ class RayJobTrigger(BaseTrigger):
         )
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
-        """One event, with why the wait is over: `ended`, `timeout`, `lost`, `refused`."""
-        yield TriggerEvent(await self._waited())
+        """One event: the job, and why the wait is over (`ended`, `timeout`, `lost`, `refused`)."""
+        yield TriggerEvent({"job": self.job_id, **await self._waited()})
 
     async def on_kill(self) -> None:
         """Stop the job of a task that a user has marked or cleared."""
@@ -72,9 +72,11 @@ class RayJobTrigger(BaseTrigger):
                     return {"why": "lost", "error": str(error)}
                 await asyncio.sleep(self.poll_s)
                 continue
-            for line in text[shown:].splitlines():
+            # A line that is being written waits.
+            end = len(text) if job is None or job.is_over else text.rfind("\n") + 1
+            for line in text[shown:end].splitlines():
                 self.log.info("%s", line)
-            shown = len(text)
+            shown = end
             if job is None:
                 return {"why": "lost", "error": f"the cluster no longer knows job {self.job_id}"}
             if job.is_over:

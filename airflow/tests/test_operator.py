@@ -104,11 +104,12 @@ def test_stages_that_a_recipe_lacks_are_skipped_up_to_the_next_that_it_has() -> 
         lacking_after("plan", ["ingest", "brevity", "emission", "other"], stages)
 
 
-def test_job_is_another_where_the_command_is() -> None:
-    ti = SimpleNamespace(dag_id="curate", run_id="r", task_id="plan", map_index=-1)
-    first = job_id_of(ti, ["plan", "a.yaml"])
-    assert first == job_id_of(ti, ["plan", "a.yaml"])
-    assert first != job_id_of(ti, ["plan", "b.yaml"])
+def test_job_is_another_where_the_command_or_the_try_is() -> None:
+    ti = SimpleNamespace(dag_id="curate", run_id="r", task_id="plan", map_index=-1, try_number=2)
+    second = job_id_of(ti, ["plan", "a.yaml"])
+    assert second == job_id_of(ti, ["plan", "a.yaml"], 2)
+    assert second != job_id_of(ti, ["plan", "b.yaml"])
+    assert second != job_id_of(ti, ["plan", "a.yaml"], 1)
 
 
 def test_lines_that_only_look_like_json_are_passed_over() -> None:

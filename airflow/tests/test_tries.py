@@ -56,7 +56,7 @@ class Task(NamedTuple):
     recipe: str
     run: Path
     stage: str = "difficulty"
-    dag: str = "curate"
+    dag: str = "some"
     conn_id: str = "ray_default"
     job_timeout: timedelta | None = None
 
@@ -75,9 +75,8 @@ class Task(NamedTuple):
             dag_id=self.dag, run_id="some", task_id=self.stage, map_index=-1, try_number=number,
         )}  # fmt: skip
 
-    @property
-    def job_id(self) -> str:
-        return job_id_of(self.context(1)["ti"], self.command)
+    def job_id(self, number: int) -> str:
+        return job_id_of(self.context(number)["ti"], self.command)
 
     def deferred(self, number: int) -> RayJobTrigger:
         """Try a task: the trigger that it waits by, as it comes out of the database."""
@@ -90,11 +89,13 @@ class Task(NamedTuple):
 
 
 @pytest.fixture
-def task(ingested: str) -> Iterator[Task]:
-    """A task whose job goes on for minutes; it is stopped in the end."""
-    task = Task(ingested, Path(ingested).parent / "run")
-    yield task
-    asyncio.run(RayJobsHook().get_conn().stop(task.job_id))
+def task(ingested: str, cluster: str, request: pytest.FixtureRequest) -> Iterator[Task]:
+    """A task whose job goes on for minutes; all of its jobs are stopped in the end."""
+    run = Path(ingested).parent / "run"
+    yield Task(ingested, run, dag=request.node.name)
+    jobs = RayJobsHook().get_conn()
+    for job_id in jobs_in(cluster, run):
+        asyncio.run(jobs.stop(job_id))
 
 
 def from_database(trigger: RayJobTrigger) -> RayJobTrigger:
@@ -112,8 +113,8 @@ def event_of(trigger: RayJobTrigger) -> dict[str, str]:
     return payload
 
 
-def status(cluster: str, task: Task) -> str:
-    return str(jobs_in(cluster, task.run)[task.job_id]["status"])
+def status(cluster: str, task: Task, number: int) -> str:
+    return str(jobs_in(cluster, task.run)[task.job_id(number)]["status"])
 
 
 def test_triggerer_and_worker_that_are_started_anew_find_the_job(
@@ -131,7 +132,7 @@ def test_triggerer_and_worker_that_are_started_anew_find_the_job(
         await trigger.cleanup()
 
     asyncio.run(ended_by_a_shutdown())
-    assert status(cluster, task) == "RUNNING"
+    assert status(cluster, task, 1) == "RUNNING"
     # A worker that was lost after it had submitted: another process, which knows nothing of it.
     code = f"""
 import sys
@@ -140,7 +141,7 @@ from types import SimpleNamespace
 from tamis_ray_operator import TamisOperator
 task = TamisOperator(task_id="difficulty", command={task.command!r})
 ti = SimpleNamespace(
-    dag_id="curate", run_id="some", task_id="difficulty", map_index=-1, try_number=2
+    dag_id={task.dag!r}, run_id="some", task_id="difficulty", map_index=-1, try_number=2
 )
 try:
     task.execute({{"ti": ti}})
@@ -151,13 +152,13 @@ except BaseException as error:
         [sys.executable, "-c", code], env={**os.environ, **connections},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert f"RAISED TaskDeferred {task.job_id}" in done.stdout, done.stderr
-    assert status(cluster, task) == "RUNNING"
+    assert f"RAISED TaskDeferred {task.job_id(1)}\n" in done.stdout, done.stderr
     assert drivers(task.run) == [driver]
+    assert status(cluster, task, 1) == "RUNNING"
     again = from_database(trigger)
     asyncio.run(again.on_kill())
-    assert event_of(again) == {"why": "ended"}
-    assert status(cluster, task) == "STOPPED"
+    assert event_of(again) == {"job": task.job_id(1), "why": "ended"}
+    assert status(cluster, task, 1) == "STOPPED"
     assert drivers(task.run) == []
 
 
@@ -174,7 +175,8 @@ def test_cleared_task_that_comes_back_before_its_job_has_ended_submits_it_anew(
     with pytest.raises(TaskDeferred) as caught:
         task.finish(2, event)
     wait_for(lambda: drivers(task.run) not in ([], [driver]))
-    assert jobs_in(cluster, task.run)[task.job_id]["metadata"]["airflow_try"] == "2"
+    assert status(cluster, task, 1) == "STOPPED"
+    assert status(cluster, task, 2) == "RUNNING"
     # Its own job, stopped by somebody else: that is for the retries.
     third = from_database(caught.value.trigger)
     asyncio.run(third.on_kill())
@@ -190,13 +192,13 @@ def test_job_that_takes_too_long_is_stopped_and_a_retry_submits_it_anew(
     trigger = task.deferred(1)
     wait_for(lambda: drivers(task.run))
     event = event_of(trigger)
-    assert status(cluster, task) == "STOPPED"
+    assert status(cluster, task, 1) == "STOPPED"
     assert drivers(task.run) == []
     with pytest.raises(AirflowException, match="was stopped after 0:00:03") as late:
         task.finish(1, event)
     assert not isinstance(late.value, AirflowFailException)
     task.deferred(2)
-    assert status(cluster, task) in ("PENDING", "RUNNING")
+    assert status(cluster, task, 2) in ("PENDING", "RUNNING")
 
 
 def test_directory_in_use_is_said_and_tried_again(task: Task) -> None:
@@ -209,22 +211,20 @@ def test_directory_in_use_is_said_and_tried_again(task: Task) -> None:
     assert str(task.run) in str(busy.value)
 
 
-def test_tries_that_meet_an_ended_job_at_once_submit_it_once(cluster: str, task: Task) -> None:
-    jobs = RayJobsHook().get_conn()
+def test_try_that_is_run_several_times_at_once_submits_one_job(cluster: str, task: Task) -> None:
+    first = task.deferred(1)
+    asyncio.run(first.on_kill())
+    context = task.context(2)
 
-    async def met() -> None:
-        tries = (task.operator()._submitted(jobs, task.job_id, "1") for _ in range(4))
-        await asyncio.gather(*tries)
+    async def met() -> list[str]:
+        jobs = RayJobsHook().get_conn()
+        tries = (task.operator()._submitted(jobs, context["ti"]) for _ in range(4))
+        return await asyncio.gather(*tries)
 
-    asyncio.run(jobs.submit(task.job_id, "false", {}, {}))
-    wait_for(lambda: asyncio.run(jobs.job(task.job_id)).status == "FAILED")
-    asyncio.run(met())
+    assert asyncio.run(met()) == [task.job_id(2)] * 4
     wait_for(lambda: drivers(task.run))
-    (driver,) = drivers(task.run)
-    # One that was slow to delete what it had found to have ended.
-    asyncio.run(jobs.delete(task.job_id))
-    assert status(cluster, task) == "RUNNING"
-    assert drivers(task.run) == [driver]
+    assert len(drivers(task.run)) == 1
+    assert status(cluster, task, 2) == "RUNNING"
 
 
 def test_wait_ends_where_the_cluster_is_gone_refuses_or_has_forgotten(

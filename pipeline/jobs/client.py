@@ -104,7 +104,7 @@ class JobsClient:
         runtime_env: Mapping[str, Any],
         metadata: Mapping[str, str],
     ) -> bool:
-        """Submit a job; False where another was submitted under that id before.
+        """Submit a job; False where one of that id is under way.
 
         Raises:
             TamisError: the cluster doesn't answer, or refuses.
@@ -122,8 +122,14 @@ class JobsClient:
             except Unanswered as error:
                 # Ray has no status of its own for either.
                 if "already exists" in str(error):
-                    return False
-                if "No available agent" not in str(error) or time.monotonic() > end:
+                    found = self.job(job_id)
+                    if found is not None and not found.is_over:
+                        return False
+                    # Ray may note the end of a job once more after it was deleted.
+                    self.delete(job_id)
+                elif "No available agent" not in str(error):
+                    raise
+                if time.monotonic() > end:
                     raise
                 time.sleep(1)
             else:
@@ -251,6 +257,6 @@ def _job(reply: Mapping[str, Any]) -> Job:
 
 
 def _said(reply: httpx.Response) -> str:
-    """The last line of a reply: Ray sends tracebacks."""
-    lines = reply.text.strip().splitlines() or ["nothing"]
+    """The last line of a reply: Ray sends tracebacks, and adds a full stop of its own."""
+    lines = [line for line in reply.text.splitlines() if line.strip(". ")] or ["nothing"]
     return f"{reply.status_code}, {lines[-1][:300]}"
