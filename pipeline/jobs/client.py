@@ -129,13 +129,20 @@ class JobsClient:
             else:
                 return True
 
-    def delete(self, job_id: str) -> None:
-        """Forget a job that has ended, so that its id is free.
+    def delete(self, job_id: str) -> bool:
+        """Forget a job that has ended, so that its id is free; False where it hasn't ended.
 
         Raises:
             TamisError: the cluster doesn't answer, or refuses.
         """
-        self._asked("DELETE", f"/api/jobs/{job_id}", missing=True)
+        try:
+            self._asked("DELETE", f"/api/jobs/{job_id}", missing=True)
+        except Unanswered as error:
+            # Ray has no status of its own for it.
+            if "non-terminal state" in str(error):
+                return False
+            raise
+        return True
 
     def stop(self, job_id: str) -> None:
         """Ask a job to end: SIGTERM, and some seconds later SIGKILL.

@@ -22,7 +22,7 @@ from pipeline.jobs.client import Job, JobsClient, Unanswered
 from pipeline.jobs.package import RECIPE, code_files, package
 from pipeline.rundir import MANIFEST
 from pipeline.runner import Run
-from stages.errors import ConfigError, StageError
+from stages.errors import ConfigError, StageError, TamisError
 from stages.rows import canonical_json
 
 _POLL_S = 1.0
@@ -88,7 +88,7 @@ class Submission:
         """
         try:
             return Run(self.config, lambda _: None).is_complete(self.last_stage)
-        except (ConfigError, OSError):
+        except (TamisError, OSError):
             return False
 
 
@@ -137,13 +137,15 @@ def submitted(client: JobsClient, submission: Submission, *, installed: bool = F
         TamisError: the cluster doesn't answer, or refuses.
     """
     found = client.job(submission.id)
-    if found is not None and not found.is_over:
-        return Submitted(submission.id, "attached")
-    if found is not None:
+    if found is not None and found.is_over:
         done = found.status == "SUCCEEDED" and not submission.restart_from
         if done and submission.is_done():
             return Submitted(submission.id, "done")
-        client.delete(submission.id)
+        if client.delete(submission.id):
+            found = None
+    # Where it can't be deleted, another client has submitted it anew since.
+    if found is not None:
+        return Submitted(submission.id, "attached")
     files = {} if installed else code_files()
     name, data = package({**files, RECIPE: submission.recipe_yaml.encode()})
     is_new = client.submit(
