@@ -188,6 +188,10 @@ class Probe:
                 if any(spec.settings.endpoint for spec in stage.engines().values()):
                     self.measured[name] = Measured(why="asks an endpoint")
                     continue
+                missing = [one for one in stage.artifacts() if one not in stores]
+                if missing:
+                    self.measured[name] = Measured(why=f"reads what {missing[0]} makes")
+                    continue
                 try:
                     session.load_models(stage)
                     if name in flow.fits:

@@ -5,6 +5,7 @@ The clock counts requests to engines, so that what a run takes is known.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from typing import Any
@@ -116,6 +117,23 @@ def test_baselines_and_explanations_are_measured_too(
         assert not measured.why
         assert measured.work_s.low <= taken[name] * 1.05, name
         assert measured.work_s.high >= taken[name] * 0.95, name
+
+
+def test_stage_that_reads_what_was_not_measured_is_not_measured_either(
+    recipe: Any, engines: CountedEngines
+) -> None:
+    questions = [
+        {"messages": [{"role": "user", "content": f"What about plum {n}?"}]} for n in range(4)
+    ]
+    plums = recipe.path.parent / "plums.jsonl"
+    plums.write_text("".join(json.dumps(one) + "\n" for one in questions))
+    for section in ("difficulty", "reflection", "dictionary", "features", "mixture"):
+        del recipe.value[section]
+    recipe.value["selection"] = {}
+    recipe.value["baselines"] = {"scores": ["hidden"], "part": "response"}
+    notes = plan_of(read_config(recipe.save()), probe_rows=6).notes
+    assert any("baseline_targets (can't be measured on a few rows: " in note for note in notes)
+    assert "Not measured: baselines (reads what baseline_targets makes)." in notes
 
 
 @pytest.mark.parametrize("begun", [False, True])
