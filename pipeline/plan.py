@@ -13,15 +13,19 @@ from rich.table import Table
 from pipeline.config import Config
 from pipeline.flow import Flow, folder_of
 from pipeline.identity import fingerprint
-from pipeline.probe import Measured, Probe, Range
+from pipeline.probe import Probe, Range
 from pipeline.progress import duration
 from pipeline.rundir import parts, read_identity, read_manifest
 from pipeline.runner import Run
 from pipeline.shard import KEY
 from pipeline.survey import Survey, survey_of, surveyed
 from stages.base import UNSEEN
+from stages.engines.settings import ModelSettings
 from stages.rows import NOT_REQUESTED
 from stages.storage import Store
+
+Engine = tuple[str, str, ModelSettings]
+"""What an engine does, its model's name in the recipe, and that model's settings."""
 
 _NOTHING = Range(0, 0)
 
@@ -65,10 +69,17 @@ def plan_of(config: Config, *, probe_rows: int | None, reuse: str | None = None)
     if ingested is not None and ingested["inputs"] != content:
         notes.append("The sources changed since the run: row stages would compute new rows alone.")
     if probe_rows is None:
-        table = _table("models", "reads", "state")
+        table = _table("models", "loads", "reads", "state")
+        loads = _loads(job, changes)
         for stage in job.flow.names:
             reads = f"{files} files" if stage == "ingest" else _reads(job.flow, stage)
-            table.add_row(stage, _models(job.flow, stage), reads, _state(job, stage, changes))
+            table.add_row(
+                stage,
+                _models(job.flow, stage),
+                _loaded(loads.get(stage), {}),
+                reads,
+                _state(job, stage, changes),
+            )
         return Plan(table, notes)
     with tempfile.TemporaryDirectory(prefix="tamis-") as scratch:
         folder = Store(scratch)
@@ -87,21 +98,26 @@ def plan_of(config: Config, *, probe_rows: int | None, reuse: str | None = None)
             )
         open_stages = [name for name in job.flow.names if not _is_complete(job, name, changes)]
         asking = [name for name in open_stages if _asks(job.flow, name)]
-        measured = Probe(config, survey, folder).run() if asking else {}
-    return _measured_plan(job, survey, measured, changes, notes)
+        probe = Probe(config, survey, folder)
+        if asking:
+            probe.run()
+    return _measured_plan(job, survey, probe, changes, notes)
 
 
 def _measured_plan(
     job: Run,
     survey: Survey,
-    measured: Mapping[str, Measured],
+    probe: Probe,
     changes: Mapping[str, list[str]],
     notes: list[str],
 ) -> Plan:
-    table = _table("rows", "models", "load", "tokens in", "tokens out", "time", "state")
+    table = _table("rows", "models", "loads", "tokens in", "tokens out", "time", "state")
     total, unmeasured = _NOTHING, []
+    read = written = 0.0
+    loads = _loads(job, changes)
     for name in job.flow.names:
-        found = measured.get(name)
+        found = probe.measured.get(name)
+        loaded = _loaded(loads.get(name), probe.loads)
         state = _state(job, name, changes)
         asked = _asked(job, name, survey)
         if _is_complete(job, name, changes):
@@ -116,16 +132,18 @@ def _measured_plan(
         if found is None or found.why:
             if found is not None:
                 unmeasured.append(f"{name} ({found.why})")
-            table.add_row(name, rows, _models(job.flow, name), "", "", "", "", state)
+            table.add_row(name, rows, _models(job.flow, name), loaded, "", "", "", state)
             continue
         left = 1 - there / asked if asked else 1
         work = found.work_s.times(left)
-        total = total + work + Range(found.load_s, found.load_s)
+        load = sum(probe.loads[kind, settings] for kind, _, settings in loads[name])
+        total = total + work + Range(load, load)
+        read, written = read + found.read * left, written + found.written * left
         table.add_row(
             name,
             rows,
             _models(job.flow, name),
-            duration(found.load_s) if found.load_s >= 0.05 else "shared",
+            loaded,
             _rounded(found.read * left),
             _rounded(found.written * left),
             _span(work),
@@ -135,7 +153,9 @@ def _measured_plan(
     if total.high:
         notes.append(
             f"Stages that ask models: {_span(total)} with loading, measured on "
-            f"{survey.sample.num_rows} rows in this process, with one copy of each model."
+            f"{survey.sample.num_rows} rows in this process, with one copy of each model. Models "
+            f"are loaded {sum(map(len, loads.values()))} times, read {_rounded(read) or 0} tokens "
+            f"and write {_rounded(written) or 0}."
         )
     notes += [f"Not measured: {one}." for one in unmeasured]
     return Plan(table, notes)
@@ -160,10 +180,43 @@ def _state(job: Run, stage: str, changes: Mapping[str, list[str]]) -> str:
         return f"complete ({manifest.get('rows', '?')} rows)"
     if manifest is not None:
         return "to do again: what it reads changed"
-    if read_identity(job.store, stage) is not None:
+    if read_identity(job.store, stage) is None:
+        return "to do"
+    if stage in job.flow.rows:
         done = len(parts(job.store, folder_of(stage)))
         return f"{done} of {len(parts(job.store, 'ingest'))} shards there"
-    return "to do"
+    return "begun; to do again, as a whole"
+
+
+def _loads(job: Run, changes: Mapping[str, list[str]]) -> dict[str, list[Engine]]:
+    """The engines that each stage loads which is to do: those that the one before it hasn't open.
+
+    A backend closes what a stage doesn't ask; set stages leave open what is.
+    """
+    found: dict[str, list[Engine]] = {}
+    there: list[Engine] = []
+    for name in job.flow.names:
+        owner = job.flow.rows.get(name) or job.flow.fits.get(name)
+        if owner is None or _is_complete(job, name, changes):
+            continue
+        specs = [spec for spec in owner.engines().values() if spec.settings.endpoint is None]
+        wanted = list(dict.fromkeys((spec.kind, spec.model, spec.settings) for spec in specs))
+        if wanted:
+            found[name] = [engine for engine in wanted if engine not in there]
+        there = wanted
+    return found
+
+
+def _loaded(
+    engines: list[Engine] | None, seconds: Mapping[tuple[str, ModelSettings], float]
+) -> str:
+    """How many engines a stage loads, and how long that takes where it is known."""
+    if engines is None:
+        return ""
+    if not engines:
+        return "shared"
+    known = [seconds[kind, model] for kind, _, model in engines if (kind, model) in seconds]
+    return f"{len(engines)}, {duration(sum(known))}" if known else str(len(engines))
 
 
 def _asks(flow: Flow, stage: str) -> bool:
@@ -246,6 +299,6 @@ def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("stage", no_wrap=True)
     for column in columns:
-        numeric = column in ("rows", "load", "tokens in", "tokens out", "time")
+        numeric = column in ("rows", "loads", "tokens in", "tokens out", "time")
         table.add_column(column, justify="right" if numeric else "left")
     return table

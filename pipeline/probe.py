@@ -8,6 +8,7 @@ their rates give a range. Tokens are counted where they reach a model.
 from __future__ import annotations
 
 import inspect
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -54,13 +55,11 @@ class Measured:
     """What a stage takes; `why` says instead that it wasn't measured.
 
     Attributes:
-        load_s: seconds to load its models, those that are loaded already left out.
         work_s: seconds for all rows.
         read: tokens that its models read, over all rows.
         written: tokens that its models generate, over all rows.
     """
 
-    load_s: float = 0.0
     work_s: Range = Range(0, 0)
     read: float = 0.0
     written: float = 0.0
@@ -69,15 +68,26 @@ class Measured:
 
 @dataclass
 class Meter:
-    """Tokens that engines read and wrote, and the seconds that they took."""
+    """Tokens that engines read and wrote, and the seconds that they took.
+
+    Attributes:
+        read: tokens.
+        written: tokens.
+        seconds: in calls.
+        loads: seconds to load each engine.
+    """
 
     read: int = 0
     written: int = 0
     seconds: float = 0.0
+    loads: dict[tuple[str, ModelSettings], float] = field(default_factory=dict)
 
     def engine(self, kind: str, settings: ModelSettings) -> Any:
         """An engine whose calls are counted here."""
-        return _MeteredEngine(make_engine(kind, settings), self)
+        started = time.monotonic()
+        made = _MeteredEngine(make_engine(kind, settings), self)
+        self.loads[kind, settings] = time.monotonic() - started
+        return made
 
     def since(self, before: Meter) -> Meter:
         """What was counted after a copy was taken."""
@@ -145,13 +155,14 @@ class Probe:
     survey: Survey
     ingested: Store
     measured: dict[str, Measured] = field(default_factory=dict)
+    loads: dict[tuple[str, ModelSettings], float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Build the stages as the recipe wants them."""
         self._asked = flow_of(self.config)
 
     def run(self) -> dict[str, Measured]:
-        """What every stage takes that asks a model, by name.
+        """What every stage takes that asks a model, by name; `loads` has what its engines do.
 
         Raises:
             EngineError: a model can't be loaded.
@@ -160,10 +171,16 @@ class Probe:
         meter = Meter()
         rows, targets = self.survey.sample, self.survey.targets
         goals = targets.slice(0, max(1, rows.num_rows))
-        stores = {UNSEEN: self.ingested.child(UNSEEN)}
         made: dict[str, Fitted] = {}
         step = max(1, rows.num_rows)
-        with Session(rows_per_step=step, progress=False, make=meter.engine) as session:
+        with (
+            tempfile.TemporaryDirectory(prefix="tamis-") as scratch,
+            Session(rows_per_step=step, progress=False, make=meter.engine) as session,
+        ):
+            stores = {
+                UNSEEN: self.ingested.child(UNSEEN),
+                "selection": _all_kept(Store(scratch), rows),
+            }
             for name in flow.names:
                 stage: Any = flow.rows.get(name) or flow.fits.get(name)
                 if stage is None or name in ("allocation", "rollouts"):
@@ -171,20 +188,27 @@ class Probe:
                 if any(spec.settings.endpoint for spec in stage.engines().values()):
                     self.measured[name] = Measured(why="asks an endpoint")
                     continue
+                missing = [one for one in stage.artifacts() if one not in stores]
+                if missing:
+                    self.measured[name] = Measured(why=f"reads what {missing[0]} makes")
+                    continue
                 try:
-                    started = time.monotonic()
                     session.load_models(stage)
-                    load = time.monotonic() - started
                     if name in flow.fits:
-                        made[name], found = self._fit(session, stage, rows, goals, made, meter)
+                        made[name], found = self._fit(
+                            session, stage, rows, goals, made, stores, meter
+                        )
                         stores[name] = made[name].store
                     else:
                         rows, found = self._rows(session, stage, rows, stores, meter)
                         if stage.on_targets:
                             goals = session.with_columns(stage, goals, stores)
-                    self.measured[name] = Measured(load, *found)
+                    measured = Measured(*found)
                 except (ConfigError, StageError) as error:
-                    self.measured[name] = Measured(why=f"can't be measured on a few rows: {error}")
+                    measured = Measured(why=f"can't be measured on a few rows: {error}")
+                if stage.engines():
+                    self.measured[name] = measured
+        self.loads = meter.loads
         if "rollouts" in flow.rows:
             self.measured["rollouts"] = self._further_rollouts(self.measured["pass_rate"])
         return self.measured
@@ -197,7 +221,7 @@ class Probe:
         asked, _ = self._amounts_of(settings)
         share = allocation.total / (settings.rollouts * max(1, asked))
         work, read = pilot.work_s.times(share), pilot.read * share
-        return Measured(0.0, work, read, pilot.written * share, pilot.why)
+        return Measured(work, read, pilot.written * share, pilot.why)
 
     def _rows(
         self,
@@ -248,14 +272,20 @@ class Probe:
         rows: pa.Table,
         goals: pa.Table,
         made: Mapping[str, Fitted],
+        stores: Mapping[str, Store],
         meter: Meter,
     ) -> tuple[Fitted, tuple[Range, float, float]]:
         before, started = meter.copy(), time.monotonic()
         artifacts = {name: made[name] for name in stage.artifacts() if name in made}
-        fitted = session.fitted(stage, rows, goals, artifacts)
+        others = {name: stores[name] for name in stage.artifacts() if name in stores}
+        fitted = session.fitted(stage, rows, goals, artifacts, others)
         seconds, spent = time.monotonic() - started, meter.since(before)
-        if stage.name == "prototypes":
+        if stage.name in ("prototypes", "baseline_targets"):
             factor = sum(self.survey.target_lengths) / max(1, sum(row_lengths(goals)))
+            read, rest = spent.seconds * factor, (seconds - spent.seconds) * factor
+        elif stage.name == "explanation" and self.config.explanation is not None:
+            asked = min(self.config.explanation.rows, self.survey.rows)
+            factor = asked / max(1, min(asked, rows.num_rows))
             read, rest = spent.seconds * factor, (seconds - spent.seconds) * factor
         elif stage.name == "dictionary" and self.config.dictionary is not None:
             settings = self.config.dictionary
@@ -268,6 +298,13 @@ class Probe:
             factor, read, rest = 1.0, spent.seconds, seconds - spent.seconds
         work = Range((read + rest) / _WIDER, (read + rest) * _WIDER)
         return fitted, (work, spent.read * factor, spent.written * factor)
+
+
+def _all_kept(folder: Store, rows: pa.Table) -> Store:
+    """A folder as selection leaves it where it drops no row."""
+    decisions = rows.select(["id"]).append_column("keep", pa.array([True] * rows.num_rows))
+    folder.write_table("decisions.parquet", decisions)
+    return folder
 
 
 def _small(config: Config) -> Config:

@@ -32,9 +32,11 @@ T = TypeVar("T")
 
 MANIFEST = "manifest.json"
 IDENTITY = "identity.json"
+LOCK = "lock.json"
 _HEARTBEAT_S = 10.0
 _STALE_S = 60.0
 _WRITTEN_S = 1.0
+_TURN_S = 0.02
 _SAME_START_S = 2.0
 _RELEASE_S = 1.0
 """At SIGTERM, a heartbeat that takes longer to write isn't waited for."""
@@ -261,17 +263,8 @@ class RunLock:
             RunBusy: another live process holds it.
             ConfigError: the directory can't be written.
         """
-        while not self._created():
-            holder = self._holder()
-            if holder is None:
-                continue
-            if _is_alive(holder):
-                raise RunBusy(
-                    f"{self._run.url} is in use by process {holder.get('pid')} on "
-                    f"{holder.get('host')}; wait for it, or use another run directory. If no such "
-                    f"process of tamis runs there, remove {self._run.path('lock.json')}"
-                )
-            self._run.remove("lock.json")
+        while not self._taken():
+            time.sleep(_TURN_S)
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
         AT_END[self] = partial(self._release, _RELEASE_S)
@@ -286,25 +279,67 @@ class RunLock:
         self._stop.set()
         if self._thread:
             self._thread.join(wait_s)
-        self._run.remove("lock.json")
+        self._run.remove(LOCK)
 
-    def _holder(self) -> dict[str, Any] | None:
-        """What the lock says of its holder: nothing where it was never written, None if it's gone.
+    def _taken(self) -> bool:
+        """Whether the lock was free, or its holder gone; False: look again.
+
+        Of all processes that find the same stale lock, the one that creates the claim on it may
+        put its own in place. Nobody removes a stale lock, so that no live one is ever taken for it.
+
+        Raises:
+            RunBusy: a live process holds it, or one was killed as it took it over.
+        """
+        if self._created(LOCK):
+            return True
+        found = self._written(LOCK)
+        if found is None:
+            return False
+        if _is_alive(_note_in(found)):
+            raise self._busy(found, LOCK)
+        claim = f"lock-{hashlib.sha256(found).hexdigest()[:16]}.json"
+        if not self._created(claim):
+            claimed = self._written(claim)
+            if claimed is not None and not _is_alive(_note_in(claimed)):
+                raise self._busy(claimed, claim)
+            return False
+        try:
+            if self._written(LOCK) != found:
+                return False
+            self._run.write_bytes(LOCK, self._note())
+        finally:
+            self._run.remove(claim)
+        return True
+
+    def _busy(self, note: bytes, name: str) -> RunBusy:
+        holder = _note_in(note)
+        return RunBusy(
+            f"{self._run.url} is in use by process {holder.get('pid')} on {holder.get('host')}; "
+            "wait for it, or use another run directory. If no such process of tamis runs there, "
+            f"remove {self._run.path(name)}"
+        )
+
+    def _written(self, name: str) -> bytes | None:
+        """What a lock says; nothing where it was never written, None where it's gone.
 
         A lock that was created a moment ago is still empty.
         """
         end = time.monotonic() + _WRITTEN_S
         while True:
             try:
-                return _json(self._run, "lock.json")
-            except ValueError:
-                if time.monotonic() > end:
-                    return {}
-            time.sleep(0.02)
+                found = self._run.read_bytes(name)
+            except FileNotFoundError:
+                return None
+            if found or time.monotonic() > end:
+                return found
+            time.sleep(_TURN_S)
 
-    def _created(self) -> bool:
+    def _created(self, name: str) -> bool:
+        """Whether this process created a lock; what it holds is this process's then."""
+        note = self._note()
         try:
-            return self._run.create("lock.json", self._note())
+            # Who was stopped before it had written may find that another took it for dead.
+            return self._run.create(name, note) and self._written(name) == note
         except OSError as error:
             raise ConfigError(
                 f"{self._run.url} can't be written ({error}); check the path and its permissions, "
@@ -313,7 +348,7 @@ class RunLock:
 
     def _beat(self) -> None:
         while not self._stop.wait(_HEARTBEAT_S):
-            self._run.write_bytes("lock.json", self._note())
+            self._run.write_bytes(LOCK, self._note())
 
     def _note(self) -> bytes:
         note = {
@@ -323,6 +358,15 @@ class RunLock:
             "beat": round(time.time()),
         }
         return f"{json.dumps(note)}\n".encode()
+
+
+def _note_in(lock: bytes) -> Mapping[str, Any]:
+    """What a lock says of its holder; nothing where it was never written whole."""
+    try:
+        note: Mapping[str, Any] = json.loads(lock)
+    except ValueError:
+        return {}
+    return note
 
 
 def _is_alive(holder: Mapping[str, Any]) -> bool:

@@ -9,7 +9,15 @@ from rich.table import Table
 
 from pipeline.config import Config
 from pipeline.flow import folder_of
-from pipeline.rundir import MANIFEST, opened_run, parts, read_identity, read_manifest, stages_of
+from pipeline.rundir import (
+    MANIFEST,
+    opened_run,
+    parts,
+    read_identity,
+    read_manifest,
+    row_stages_of,
+    stages_of,
+)
 from pipeline.runner import Event, Run
 from stages.storage import Store
 
@@ -22,6 +30,7 @@ def status_table(url: str) -> Table:
     """
     run = opened_run(url)
     table = _table("rows", "shards", "time", "state")
+    by_shard = row_stages_of(run)
     for stage in stages_of(run):
         manifest = read_manifest(run, stage)
         if manifest is not None:
@@ -36,8 +45,8 @@ def status_table(url: str) -> Table:
                 "; ".join([state, *notes]),
             )
         elif read_identity(run, stage) is not None:
-            shards = len(parts(run, folder_of(stage)))
-            table.add_row(stage, "", str(shards), "", "started, not complete")
+            shards = str(len(parts(run, folder_of(stage)))) if stage in by_shard else ""
+            table.add_row(stage, "", shards, "", "started, not complete")
     return table
 
 

@@ -12,17 +12,76 @@ import hashlib
 import io
 import json
 import os
+import sys
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, Any, cast
+from functools import wraps
+from typing import IO, Any, Concatenate, ParamSpec, TypeVar, cast
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
-from stages.errors import ConfigError
+from stages.errors import ConfigError, StageError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_REFUSALS = (
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "CredentialRetrievalError",
+    "ProfileNotFound",
+    "TokenRetrievalError",
+    "SSOError",
+)
+_SILENCES = ("ConnectionError", "HTTPClientError")
+"""Errors of `botocore.exceptions`, which is loaded where a store of S3 is, and is no OSError's."""
+
+
+def _of_botocore(names: tuple[str, ...]) -> tuple[type[BaseException], ...]:
+    module = sys.modules.get("botocore.exceptions")
+    return tuple(getattr(module, name) for name in names) if module else ()
+
+
+def _refusals() -> tuple[type[BaseException], ...]:
+    return PermissionError, *_of_botocore(_REFUSALS)
+
+
+@contextmanager
+def _access(url: str) -> Iterator[None]:
+    """Say what a person can do where a store lets nobody in, or doesn't answer."""
+    try:
+        yield
+    except _refusals() as error:
+        remedy = (
+            "give this process credentials for it (for s3:// AWS_PROFILE, or AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY)"
+            if "://" in url
+            else "check the permissions of the file and its folders"
+        )
+        raise ConfigError(f"{url}: access is refused ({error}); {remedy}") from error
+    except _of_botocore(_SILENCES) as error:
+        raise StageError(
+            f"{url}: the store doesn't answer ({error}); check the address and the network, and "
+            "try again"
+        ) from error
+
+
+def _reporting(
+    method: Callable[Concatenate[Store, P], T],
+) -> Callable[Concatenate[Store, P], T]:
+    """A method of a store whose refusals are told as `_access` does."""
+
+    @wraps(method)
+    def called(store: Store, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with _access(store.url):
+            return method(store, *args, **kwargs)
+
+    return called
 
 
 @dataclass(frozen=True)
@@ -30,7 +89,9 @@ class Store:
     """A folder on an fsspec filesystem; paths given to its methods are relative to it.
 
     Raises:
-        ConfigError: the URL names a protocol whose filesystem isn't installed.
+        ConfigError: the URL names a protocol whose filesystem isn't installed, or the store refuses
+            access.
+        StageError: the store doesn't answer.
     """
 
     url: str
@@ -54,11 +115,13 @@ class Store:
         """The store of a folder inside this one."""
         return Store(f"{self.url.rstrip('/')}/{name}")
 
+    @_reporting
     def exists(self, name: str = "") -> bool:
         """Whether a file or folder of that name is there."""
         fs, _ = self._located
         return bool(fs.exists(self.path(name)))
 
+    @_reporting
     def names(self, folder: str = "") -> list[str]:
         """Names of the files and folders in `folder`, sorted; none where it is absent."""
         fs, _ = self._located
@@ -67,11 +130,13 @@ class Store:
             return []
         return sorted({entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False)})
 
+    @_reporting
     def size(self, name: str) -> int:
         """Bytes in a file."""
         fs, _ = self._located
         return int(fs.size(self.path(name)))
 
+    @_reporting
     def sha256(self, name: str) -> str:
         """SHA-256 of a file's bytes, in hex, read in pieces."""
         fs, _ = self._located
@@ -81,16 +146,19 @@ class Store:
                 digest.update(piece)
         return digest.hexdigest()
 
+    @_reporting
     def read_bytes(self, name: str) -> bytes:
         """All bytes of a file."""
         fs, _ = self._located
         return cast(bytes, fs.cat_file(self.path(name)))
 
+    @_reporting
     def open(self, name: str) -> IO[bytes]:
         """A file to read pieces of; whoever asks closes it."""
         fs, _ = self._located
         return cast("IO[bytes]", fs.open(self.path(name), "rb"))
 
+    @_reporting
     def write_bytes(self, name: str, data: bytes, *, lasting: bool = True) -> None:
         """Write a file so that it appears whole or not at all.
 
@@ -113,6 +181,7 @@ class Store:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
 
+    @_reporting
     def create(self, name: str, data: bytes) -> bool:
         """Write a file only where none of that name exists; False where one does."""
         fs, _ = self._located
@@ -140,18 +209,21 @@ class Store:
         text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
         self.write_bytes(name, (text + "\n").encode())
 
+    @_reporting
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """A Parquet file as a table, all columns or the named ones."""
         fs, _ = self._located
         with fs.open(self.path(name), "rb") as file:
             return pq.ParquetFile(file).read(columns=columns)
 
+    @_reporting
     def table_rows(self, name: str) -> int:
         """Rows of a Parquet file, by its footer."""
         fs, _ = self._located
         with fs.open(self.path(name), "rb") as file:
             return int(pq.ParquetFile(file).metadata.num_rows)
 
+    @_reporting
     def table_metadata(self, name: str) -> dict[str, str]:
         """The key-value metadata in a Parquet file's footer."""
         fs, _ = self._located
@@ -172,6 +244,7 @@ class Store:
             file.write_table(table.combine_chunks())
         self.write_bytes(name, sink.getvalue(), lasting=False)
 
+    @_reporting
     def read_arrow(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """An Arrow file as a table, all columns or the named ones in the file's order."""
         fs, _ = self._located
@@ -181,12 +254,14 @@ class Store:
             options = pa.ipc.IpcReadOptions(included_fields=wanted)
             return pa.ipc.open_file(file, options=options).read_all()
 
+    @_reporting
     def remove(self, name: str) -> None:
         """Delete a file or a folder with all that is in it; nothing where it is absent."""
         fs, _ = self._located
         if fs.exists(self.path(name)):
             fs.rm(self.path(name), recursive=True)
 
+    @_reporting
     def rename(self, old: str, new: str) -> None:
         """Give a file another name (object stores copy and delete)."""
         fs, _ = self._located
@@ -241,13 +316,13 @@ def iter_lines(url: str) -> Iterator[bytes]:
 
     `str.splitlines` also splits at U+2028 and its like, which are legal inside JSON strings.
     """
-    with fsspec.open(url, "rb", compression="infer") as file:
+    with _access(url), fsspec.open(url, "rb", compression="infer") as file:
         yield from file
 
 
 def read_file(url: str) -> bytes:
     """All bytes of a (possibly compressed) file."""
-    with fsspec.open(url, "rb", compression="infer") as file:
+    with _access(url), fsspec.open(url, "rb", compression="infer") as file:
         return cast(bytes, file.read())
 
 
@@ -258,13 +333,15 @@ def expand(url: str, suffixes: tuple[str, ...]) -> list[str]:
         ConfigError: nothing is there, or the folder holds no file of a known type.
     """
     fs, path = _filesystem(url)
-    if any(character in path for character in "*?["):
-        found = [str(name) for name in fs.glob(path)]
-    elif fs.isdir(path):
-        found = [str(name) for name in fs.find(path) if str(name).endswith(suffixes)]
-    else:
-        found = [path] if fs.exists(path) else []
-    if not found and fs.isdir(path):
+    with _access(url):
+        is_folder = fs.isdir(path)
+        if any(character in path for character in "*?["):
+            found = [str(name) for name in fs.glob(path)]
+        elif is_folder:
+            found = [str(name) for name in fs.find(path) if str(name).endswith(suffixes)]
+        else:
+            found = [path] if fs.exists(path) else []
+    if not found and is_folder:
         kinds = ", ".join(suffix for suffix in suffixes if suffix.count(".") == 1)
         raise ConfigError(f"{url} holds no data file; readable are {kinds} (compressed or not)")
     if not found:
@@ -278,7 +355,8 @@ def content_identity(url: str) -> str:
     if _is_local(fs) or "memory" in fs.protocol:
         folder, _, name = path.rpartition("/")
         return "sha256:" + Store(str(fs.unstrip_protocol(folder))).sha256(name)
-    info = fs.info(path)
+    with _access(url):
+        info = fs.info(path)
     for key in ("ETag", "etag", "md5Hash", "blob_id"):
         if info.get(key):
             return f"{key.lower()}:{info[key]}"

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -265,7 +265,8 @@ def test_job_is_found_again_stopped_gone_on_with_and_done(guarded: str, recipe: 
     wait_for(part.exists)
     asked = time.monotonic()
     stop = tamis("job", "stop", job, *address, **known)
-    assert f"job {job}: stopped" in stop.stderr, stop.stderr
+    assert stop.stdout.startswith(f"job {job}: stopped"), stop.stderr
+    assert not stop.stderr
     assert time.monotonic() - asked < 10
     assert not (recipe.run_folder / "lock.json").exists()
     assert not (recipe.run_folder / "difficulty" / "manifest.json").exists()
@@ -378,6 +379,83 @@ def test_sigterm_ends_within_two_seconds_with_finished_shards_committed(
     assert again.returncode == 0, again.stderr
     assert "1 already there" in again.stderr
     assert part.stat().st_mtime_ns == committed
+
+
+@contextlib.contextmanager
+def jobs_interface(job: str, meanwhile: Callable[[dict[str, str]], None]) -> Iterator[str]:
+    """An address with Ray's answers about one job that failed; no driver runs.
+
+    Args:
+        job: its id.
+        meanwhile: called once before a job is deleted, with statuses by id, which it may change.
+    """
+    statuses, others = {job: "FAILED"}, [meanwhile]
+
+    class Interface(BaseHTTPRequestHandler):
+        def answer(self, status: int, value: Any) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write((value if isinstance(value, str) else json.dumps(value)).encode())
+
+        def do_GET(self) -> None:
+            if self.path.startswith("/api/packages/"):
+                self.answer(200, {})
+            elif job in statuses:
+                self.answer(200, {"submission_id": job, "status": statuses[job]})
+            else:
+                self.answer(404, "not found")
+
+        def do_DELETE(self) -> None:
+            while others:
+                others.pop()(statuses)
+            # As Ray 2.60 says it.
+            if statuses.get(job, "FAILED") == "FAILED":
+                self.answer(200 if statuses.pop(job, None) else 404, {})
+            else:
+                state = f"but it is in a non-terminal state {statuses[job]}."
+                self.answer(500, f"RuntimeError: Attempted to delete job '{job}', {state}")
+
+        def do_POST(self) -> None:
+            if job in statuses:
+                self.answer(500, f"ValueError: Job with submission_id {job} already exists.")
+            else:
+                statuses[job] = "PENDING"
+                self.answer(200, {"submission_id": job})
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Interface)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("other", "state"),
+    [("nothing", "submitted"), ("deleted", "submitted"), ("submitted", "attached")],
+)
+def test_two_clients_after_a_failed_job_submit_it_once(recipe: Any, other: str, state: str) -> None:
+    from pipeline.jobs.client import JobsClient
+    from pipeline.jobs.submission import submission_of, submitted
+
+    submission = submission_of(str(recipe.save()), [], None, None)
+
+    def meanwhile(statuses: dict[str, str]) -> None:
+        if other != "nothing":
+            del statuses[submission.id]
+        if other == "submitted":
+            statuses[submission.id] = "RUNNING"
+
+    with jobs_interface(submission.id, meanwhile) as address, JobsClient(address) as client:
+        assert submitted(client, submission, installed=True) == (submission.id, state)
+        job = client.job(submission.id)
+        assert job is not None
+        assert not job.is_over
 
 
 def test_what_is_no_dashboard_is_said_in_one_line() -> None:

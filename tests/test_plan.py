@@ -5,6 +5,7 @@ The clock counts requests to engines, so that what a run takes is known.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from typing import Any
@@ -96,6 +97,72 @@ def test_a_run_takes_what_was_measured(
         assert measured.work_s.high <= 2 * measured.work_s.low, name
 
 
+def test_baselines_and_explanations_are_measured_too(
+    recipe: Any, engines: CountedEngines, tmp_path: Any
+) -> None:
+    del recipe.value["difficulty"], recipe.value["reflection"]
+    recipe.value |= {
+        "baselines": {"scores": ["bm25", "embedding", "hidden"]},
+        "valuation": {},
+        "explanation": {"rows": 9},
+    }
+    found = probed(recipe, 6, tmp_path).measured
+    taken = requests_by_stage(recipe)
+    # Neither potentials nor valuation asks a model.
+    assert set(found) == {
+        "dictionary", "prototypes", "features", "embedding", "baseline_targets", "baselines",
+        "explanation",
+    }  # fmt: skip
+    for name, measured in found.items():
+        assert not measured.why
+        assert measured.work_s.low <= taken[name] * 1.05, name
+        assert measured.work_s.high >= taken[name] * 0.95, name
+
+
+def test_stage_that_reads_what_was_not_measured_is_not_measured_either(
+    recipe: Any, engines: CountedEngines
+) -> None:
+    questions = [
+        {"messages": [{"role": "user", "content": f"What about plum {n}?"}]} for n in range(4)
+    ]
+    plums = recipe.path.parent / "plums.jsonl"
+    plums.write_text("".join(json.dumps(one) + "\n" for one in questions))
+    for section in ("difficulty", "reflection", "dictionary", "features", "mixture"):
+        del recipe.value[section]
+    recipe.value["selection"] = {}
+    recipe.value["baselines"] = {"scores": ["hidden"], "part": "response"}
+    notes = plan_of(read_config(recipe.save()), probe_rows=6).notes
+    assert any("baseline_targets (can't be measured on a few rows: " in note for note in notes)
+    assert "Not measured: baselines (reads what baseline_targets makes)." in notes
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_loads_are_those_of_a_run(recipe: Any, begun: bool) -> None:
+    recipe.value |= {
+        "baselines": {"scores": ["embedding", "hidden"]},
+        "valuation": {},
+        "explanation": {"rows": 3},
+    }
+    made, found = CountedEngines(), Counter[str]()
+
+    def note(event: Any) -> None:
+        if event.kind == "done":
+            found[event.stage] = len(made.opened) - found.total()
+
+    if begun:
+        for stage in ("ingest", "difficulty", "reflection", "dictionary", "prototypes"):
+            backend = LocalBackend(CountedEngines())
+            Run(read_config(recipe.save()), print, backend=backend).execute(stage)
+    plan = lines(plan_of(read_config(recipe.save()), probe_rows=None))
+    Run(read_config(recipe.save()), note, backend=LocalBackend(made)).execute()
+    assert found.total() == len(made.opened) > 0
+    for name, line in plan.items():
+        loads = re.search(r"\((?:float32|bfloat16)\) +(\d+|shared)", line)
+        planned = int(loads.group(1)) if loads and loads.group(1) != "shared" else 0
+        assert planned == found[name], (name, line)
+    assert ("shared" in plan["features"]) == (not begun)
+
+
 def test_tokens_are_those_that_reach_the_models(
     recipe: Any, engines: CountedEngines, tmp_path: Any
 ) -> None:
@@ -131,6 +198,8 @@ def test_plan_counts_rows_and_leaves_nothing(recipe: Any, engines: CountedEngine
     assert re.match(r"selection +19 ", by_stage["selection"])
     assert all("to do" in by_stage[name] for name in ASKED)
     assert any("19 rows and 4 target rows of 23 records" in note for note in plan.notes)
+    # Scorer, teacher, reader and encoder: each is still open where the next stage asks it.
+    assert any("Models are loaded 4 times, read " in note for note in plan.notes)
     assert not any("Not measured" in note for note in plan.notes)
 
 

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from pipeline import rundir
 from pipeline.cli import app
 from pipeline.config import read_config
 from pipeline.plan import plan_of
-from pipeline.rundir import RunLock
+from pipeline.rundir import RunLock, start_stage
 from pipeline.runner import Run
 from pipeline.status import status_table
 from pipeline.verify import verified_files
@@ -256,6 +258,101 @@ def test_lock_of_another_process_of_that_number_is_taken_over(tmp_path: Path) ->
                 pass
 
 
+def gone(store: Store) -> None:
+    """Leave the lock of a process that has ended."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    store.write_json("lock.json", {"pid": ended.pid, "host": os.uname().nodename, "beat": 0})
+
+
+def test_lock_that_was_taken_over_is_not_taken_for_the_stale_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that found it stale and was held up meets another's."""
+    store = Store(str(tmp_path))
+    gone(store)
+    judged, taken = threading.Event(), threading.Event()
+    is_alive = rundir._is_alive
+
+    def held_up(holder: Any) -> bool:
+        alive = is_alive(holder)
+        if threading.current_thread() is late and not alive:
+            judged.set()
+            assert taken.wait(60)
+        return alive
+
+    monkeypatch.setattr(rundir, "_is_alive", held_up)
+    outcome: list[object] = []
+
+    def take() -> None:
+        try:
+            with RunLock(store):
+                outcome.append("taken")
+        except RunBusy as error:
+            outcome.append(error)
+
+    late = threading.Thread(target=take)
+    late.start()
+    assert judged.wait(60)
+    with RunLock(store):
+        mine = store.read_bytes("lock.json")
+        taken.set()
+        late.join()
+        assert store.read_bytes("lock.json") == mine
+        assert isinstance(outcome[0], RunBusy)
+        assert store.names() == ["lock.json"]
+    assert store.names() == []
+
+
+def test_of_many_that_find_a_stale_lock_one_takes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = 8
+    store = Store(str(tmp_path))
+    gone(store)
+    together, waited = threading.Barrier(many), threading.local()
+    is_alive = rundir._is_alive
+
+    def all_at_once(holder: Any) -> bool:
+        alive = is_alive(holder)
+        if not alive and not hasattr(waited, "once"):
+            waited.once = True
+            together.wait(60)
+        return alive
+
+    monkeypatch.setattr(rundir, "_is_alive", all_at_once)
+    busy = threading.Semaphore(0)
+    outcomes: list[str] = []
+
+    def take() -> None:
+        try:
+            with RunLock(store):
+                outcomes.append("taken")
+                for _ in range(many - 1):
+                    assert busy.acquire(timeout=60)
+        except RunBusy:
+            outcomes.append("busy")
+            busy.release()
+
+    threads = [threading.Thread(target=take) for _ in range(many)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == ["busy"] * (many - 1) + ["taken"]
+    assert store.names() == []
+
+
+def test_claim_of_a_process_that_was_killed_over_it_is_named(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    gone(store)
+    digest = hashlib.sha256(store.read_bytes("lock.json")).hexdigest()
+    claim = f"lock-{digest[:16]}.json"
+    store.write_bytes(claim, store.read_bytes("lock.json"))
+    with pytest.raises(RunBusy, match=re.escape(f"remove {store.path(claim)}")), RunLock(store):
+        pass
+
+
 def test_lock_that_was_never_written_is_taken_over(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     store.write_bytes("lock.json", b"")
@@ -345,6 +442,15 @@ def test_plan_and_status_tell_what_is_there(recipe: Any, execute: Any) -> None:
     config = read_config(recipe.save())
     assert "to do" in text(plan_of(config, probe_rows=None).table)
     execute("ingest")
+    for stage in ("difficulty", "dictionary", "selection"):
+        start_stage(Store(str(recipe.run_folder)), stage, Run(config, print).identities[stage])
+    planned = text(plan_of(config, probe_rows=None).table)
+    assert re.search(r"difficulty .* 0 of 3 shards there", planned)
+    assert re.search(r"dictionary .* begun; to do again, as a whole", planned)
+    assert re.search(r"selection .* begun; to do again, as a whole", planned)
+    begun = text(status_table(str(recipe.run_folder)))
+    assert re.search(r"difficulty +0 +started", begun)
+    assert re.search(r"dictionary +started", begun)
     assert "complete (19 rows)" in text(plan_of(config, probe_rows=None).table)
     assert "complete" in text(status_table(str(recipe.run_folder)))
     with pytest.raises(ConfigError, match="no run directory"):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import socket
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
-from stages.errors import ConfigError
+from stages.errors import ConfigError, StageError
 from stages.storage import Store, content_identity, expand, iter_lines, parquet_bytes
 
 
@@ -54,6 +58,75 @@ def test_create_takes_a_name_once(store: Store) -> None:
     assert store.create("lock", b"1")
     assert not store.create("lock", b"2")
     assert store.read_bytes("lock") == b"1"
+
+
+@pytest.fixture
+def refusing_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A server like S3 that refuses everybody, and no credentials but those that a test sets."""
+    s3fs = pytest.importorskip("s3fs")
+
+    class Refusal(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            text = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+            self.send_response(403)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(b"" if self.command == "HEAD" else text)
+
+        do_HEAD = do_PUT = do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusal)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nowhere")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield
+    s3fs.S3FileSystem.clear_instance_cache()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_object_store_that_refuses_says_what_to_do(
+    refusing_store: None, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if known:
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+    url = f"s3://bucket-{known}/run"
+    store = Store(url)
+    for call in (
+        lambda: store.read_bytes("a"),
+        lambda: store.create("lock.json", b"1"),
+        lambda: store.write_bytes("a", b"1"),
+        lambda: store.names(),
+        lambda: list(iter_lines(f"{url}/a.jsonl")),
+        lambda: expand(f"{url}/*.jsonl", (".jsonl",)),
+        lambda: content_identity(f"{url}/a.jsonl"),
+    ):
+        with pytest.raises(ConfigError, match=rf"{url}.*access is refused.*AWS_PROFILE"):
+            call()
+
+
+def test_object_store_that_does_not_answer_is_no_mistake_in_the_recipe(
+    refusing_store: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{unused.getsockname()[1]}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+        with pytest.raises(StageError, match=r"s3://silent/run.*doesn't answer"):
+            Store("s3://silent/run").read_bytes("a")
 
 
 def test_interrupted_write_leaves_the_old_file(

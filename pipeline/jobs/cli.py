@@ -124,7 +124,7 @@ def stop(job_id: JobId, address: Address, debug: Debug = False) -> None:
         from pipeline.jobs.submission import stopped
 
         with JobsClient(address) as client:
-            _line(_told(stopped(client, job_id)))
+            _print(_told(stopped(client, job_id)))
 
     _guarded(act, debug)
 

@@ -22,7 +22,7 @@ from pipeline.jobs.client import Job, JobsClient, Unanswered
 from pipeline.jobs.package import RECIPE, code_files, package
 from pipeline.rundir import MANIFEST
 from pipeline.runner import Run
-from stages.errors import ConfigError, StageError
+from stages.errors import ConfigError, StageError, TamisError
 from stages.rows import canonical_json
 
 _POLL_S = 1.0
@@ -88,7 +88,7 @@ class Submission:
         """
         try:
             return Run(self.config, lambda _: None).is_complete(self.last_stage)
-        except (ConfigError, OSError):
+        except (TamisError, OSError):
             return False
 
 
