@@ -12,7 +12,6 @@ the same. Equal runs have equal numbers in any process and on any machine.
 from __future__ import annotations
 
 import re
-import sys
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,8 +63,9 @@ def _folded_words(text: str) -> list[str]:
 @cache
 def _invisible() -> re.Pattern[str]:
     """Matches a default-ignorable character or a format control."""
-    every = map(chr, range(sys.maxunicode + 1))
-    controls = "".join(character for character in every if unicodedata.category(character) == "Cf")
+    # Beyond the second plane the only format controls are tags, which are ignorable.
+    some = map(chr, range(0x20000))
+    controls = "".join(character for character in some if unicodedata.category(character) == "Cf")
     # Most characters are ASCII, and asking that first is quicker than the long list.
     return re.compile(rf"(?![\x00-\x7f])[{_IGNORABLE}{controls}]")
 
@@ -124,7 +124,9 @@ def _hashed(texts: pa.Array) -> tuple[HashArray, IntArray]:
     Arrow's kernels split and strip as Python does, in a third of the time. Texts repeat most of
     their words: what is done with a word is done once for equal ones.
     """
-    lists = pc.utf8_split_whitespace(_split_by_spaces(texts))
+    # Not utf8_split_whitespace: it can leave the white space at the end of an array's last text
+    # on its last word (pyarrow 26.0, where the text fills the array's memory).
+    lists = pc.ascii_split_whitespace(_plain(texts))
     raw = lists.flatten().dictionary_encode()
     distinct = pc.utf8_trim(pc.ascii_lower(raw.dictionary), characters=_AROUND).to_pylist()
     numbers = np.array([xxhash.xxh3_64_intdigest(word.encode()) for word in distinct], np.uint64)
@@ -134,9 +136,10 @@ def _hashed(texts: pa.Array) -> tuple[HashArray, IntArray]:
     return numbers[places[filled]], before[lists.offsets.to_numpy()].astype(np.int64)
 
 
-def _split_by_spaces(texts: pa.Array) -> pa.Array:
-    """The texts, in those that aren't ASCII the words of `_folded_words` with spaces between."""
-    other = pc.invert(pc.string_is_ascii(texts))
+def _plain(texts: pa.Array) -> pa.Array:
+    """The texts; of those that ASCII's white space doesn't split, words with spaces between."""
+    separated = pc.match_substring_regex(texts, r"[\x1c-\x1f]")
+    other = pc.or_(pc.invert(pc.string_is_ascii(texts)), separated)
     folded = [" ".join(_folded_words(text)) for text in texts.filter(other).to_pylist()]
     return pc.replace_with_mask(texts, other, pa.array(folded, texts.type)) if folded else texts
 

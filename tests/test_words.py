@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +46,14 @@ def test_words(text: str, expected: list[str]) -> None:
     assert words(text) == expected
 
 
+def test_no_format_control_is_a_word() -> None:
+    every = map(chr, range(sys.maxunicode + 1))
+    controls = [character for character in every if unicodedata.category(character) == "Cf"]
+    assert len(controls) > 150
+    assert words("a".join(["", *controls, ""])) == ["a" * (len(controls) + 1)]
+    assert words("".join(controls)) == []
+
+
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.text(alphabet=st.characters(max_codepoint=127), max_size=60))
 def test_plain_text_takes_the_same_path_as_any_other(text: str) -> None:
@@ -76,6 +86,15 @@ def test_hashed_words_are_the_words_of_any_text(found: list[str]) -> None:
     of = dict(zip(flat, numbers.tolist(), strict=True))
     assert [of[word] for word in flat] == numbers.tolist()
     assert len(set(of.values())) == len(of)
+
+
+def test_white_space_at_the_end_of_a_full_array_belongs_to_no_word() -> None:
+    draws = random.Random(0)
+    for length in [64, 128] * 2000:
+        end = "".join(draws.choice("ab. \n") for _ in range(draws.randrange(1, 30))) + "\n"
+        found = ["".join(draws.choice("ab. \n") for _ in range(length - len(end))), end]
+        _, before = hashed_words(found).ngrams(1)
+        assert np.diff(before).tolist() == [len(words(text)) for text in found]
 
 
 def test_numbers_are_the_same_in_every_process() -> None:

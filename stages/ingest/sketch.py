@@ -59,14 +59,19 @@ def write_sketch(
     filled = np.flatnonzero(np.diff(ends))
     ends = np.concatenate([[0], ends[1:][filled]])
     sources = table["source"].to_pylist()
+    lists = pa.LargeListArray.from_arrays(pa.array(ends), pa.array(shingles))
+    sets = _set_numbers(shingles, ends)
     columns = {
         "row": pa.array(task.first + filled),
         "rank": pa.array([ranks[sources[place]] for place in filled], pa.int32()),
         "length": pc.utf8_length(texts).take(pa.array(filled)).cast(pa.int32()),
-        "set": pa.array(_set_numbers(shingles, ends)),
-        "shingles": pa.LargeListArray.from_arrays(pa.array(ends), pa.array(shingles)),
+        "set": pa.array(sets),
+        "shingles": lists,
     }
-    bands = _band_numbers(_signatures(shingles, ends, settings.permutations), settings)
+    # Many short texts are the same: their signatures are computed once.
+    _, first, places = np.unique(sets, return_index=True, return_inverse=True)
+    signatures = _signatures(lists.take(pa.array(first)), settings.permutations)[places]
+    bands = _band_numbers(signatures, settings)
     store.write_arrow(task.name, pa.table(columns | bands))
 
 
@@ -111,16 +116,17 @@ def _set_numbers(shingles: HashArray, ends: IntArray) -> HashArray:
     return numbers
 
 
-def _signatures(shingles: HashArray, ends: IntArray, permutations: int) -> HashArray:
+def _signatures(shingles: pa.LargeListArray, permutations: int) -> HashArray:
     """MinHash signatures, uint64 [rows, permutations]."""
     from rensa import RMinHash
 
-    found = np.empty((len(ends) - 1, permutations), np.uint64)
+    flat, ends = shingles.flatten().to_numpy(), shingles.offsets.to_numpy()
+    found = np.empty((len(shingles), permutations), np.uint64)
     # A signature passes through Python's numbers: of few rows at once they stay in the cache.
     for start in range(0, len(found), _ROWS_AT_ONCE):
         some = ends[start : start + _ROWS_AT_ONCE + 1]
         matrix = RMinHash.digest_matrix_from_flat_token_hashes(
-            shingles[some[0] : some[-1]], (some - some[0]).astype(np.uint64), permutations, _SEED
+            flat[some[0] : some[-1]], (some - some[0]).astype(np.uint64), permutations, _SEED
         )
         found[start : start + _ROWS_AT_ONCE] = matrix.to_rows()
     return found
