@@ -719,6 +719,26 @@ def test_near_optimal_ranges_three_sources_match_grid_search():
     assert np.ptp(narrow, axis=1).max() < 0.1 * np.ptp(ranges, axis=1).max()
 
 
+def test_near_optimal_ranges_of_many_sources_hold_those_of_linear_programmes(monkeypatch):
+    """One blend of the cuts allows all that the cuts allow, and no weight of 1. Source: duality."""
+    rng = np.random.default_rng(47)
+    x, y = rng.normal(size=(80, 3)), 0.5 * rng.normal(size=(15, 3))
+    source, b = np.repeat(np.arange(40), 2), np.full(15, 1 / 15)
+    bounds = np.where(np.arange(40) == 7, 0.02, 0.0), np.full(40, 0.4)
+    cost = euclidean_cost(x, y)
+    cuts = optimal_mixture(cost, source, b, *bounds, 1e-6).cuts
+    exact = near_optimal_ranges(cuts, *bounds, 0.01)
+    monkeypatch.setattr("stages.mixture.certificate._EXACT_RANGES", 10)
+    fast = near_optimal_ranges(cuts, *bounds, 0.01)
+    assert np.all(fast[:, 0] <= exact[:, 0] + 1e-9)
+    assert np.all(fast[:, 1] >= exact[:, 1] - 1e-9)
+    np.testing.assert_allclose(fast[:, 0], exact[:, 0], atol=1e-9)
+    weighed = lowest_point(cuts, *bounds)[1] > bounds[0] + 1e-9
+    np.testing.assert_allclose(fast[weighed], exact[weighed], atol=1e-9)
+    # The blend says something: for most sources less than their cap.
+    assert (fast[~weighed, 1] < 0.3).mean() > 0.5
+
+
 # Energy distance
 
 
@@ -767,13 +787,58 @@ def test_energy_target_drawn_from_distinct_sources_recovers_weights(metric):
     assert abs(mixture.value) < 0.02
 
 
-def test_energy_statistics_of_one_row_per_source_raises():
-    """E_kk needs two independent rows. Source: U-statistics."""
-    x, y = np.eye(3), np.eye(3)
-    with pytest.raises(ValueError, match="source 1 has 1 rows"):
-        energy_sums(x, [0, 0, 1], y, np.ones(3), "euclidean", 2).statistics()
-    with pytest.raises(ValueError, match="one atom with mass"):
-        energy_sums(x, [0, 0, 0], y, [1.0, 0.0, 0.0], "euclidean", 1).statistics()
+def test_energy_of_a_source_of_one_row_and_of_one_target_is_that_of_points():
+    """E c(x, x') = 0 between copies of one point, so argmin ED is p*. Source: energy of a point."""
+    rng = np.random.default_rng(54)
+    alone = np.full(4, 3.0)
+    x = np.vstack([rng.normal(size=(200, 4)), alone])
+    y = np.vstack([rng.normal(size=(100, 4)), np.tile(alone, (100, 1))])
+    sums = energy_sums(x, [0] * 200 + [1], y, np.ones(200), "euclidean", 2, blocks=8)
+    mixture = energy_mixture(sums, np.zeros(2), np.ones(2))
+    np.testing.assert_allclose(mixture.weights, 0.5, atol=0.05)
+    ranges = energy_ranges(sums, mixture.weights, np.zeros(2), np.ones(2))
+    assert np.all((ranges[:, 0] <= 0.5) & (ranges[:, 1] >= 0.5))
+    # One target point among the rows of two sources: the nearer one, by all pairs.
+    problem = gaussian_problem(55, sources=2, atoms=1)
+    found = energy_mixture(pairs_of(problem), *problem.free)
+    spread, near = cdist(problem.x, problem.x), cdist(problem.x, problem.y)[:, 0]
+    means = [near[:20].mean(), near[20:].mean()]
+    own = [spread[:20, :20].sum() / 380, spread[20:, 20:].sum() / 380]
+    grid = np.linspace(0, 1, 2001)
+    across = spread[:20, 20:].mean()
+    values = (
+        2 * (grid * means[0] + (1 - grid) * means[1])
+        - (grid**2 * own[0] + (1 - grid) ** 2 * own[1] + 2 * grid * (1 - grid) * across)
+    )  # fmt: skip
+    assert found.weights[0] == pytest.approx(grid[values.argmin()], abs=1e-3)
+    assert found.value == pytest.approx(values.min(), abs=1e-6)
+    with pytest.raises(ValueError, match="source 1 has no rows"):
+        energy_sums(np.eye(3), [0, 0, 2], np.eye(3), np.ones(3), "euclidean", 3).statistics()
+
+
+def test_energy_mixture_of_many_sources_with_caps_is_the_least_by_linear_programmes():
+    """f(q) >= f(p) + f'(p) (q - p) for all feasible q, least by HiGHS. Source: convexity."""
+    rng = np.random.default_rng(56)
+    centres = rng.normal(size=(300, 12))
+    source = np.repeat(np.arange(300), 12)
+    x = centres[source] + rng.normal(size=(3600, 12))
+    y = centres[rng.integers(0, 5, 200)] + rng.normal(size=(200, 12))
+    sums = energy_sums(x, source, y, np.ones(200), "euclidean", 300)
+    to_target, between, _ = sums.statistics()
+    # The stage's own programme: curvature that only noise made negative is none.
+    basis = np.linalg.qr(np.column_stack([np.ones(300), np.eye(300)[:, 1:]]))[0][:, 1:]
+    curvature, axes = np.linalg.eigh(-basis.T @ between @ basis)
+    bent = basis @ axes @ np.diag(np.maximum(curvature, 0)) @ axes.T @ basis.T
+    for high in (np.ones(300), np.full(300, 0.02)):
+        p = energy_mixture(sums, np.zeros(300), high).weights
+        assert p.sum() == pytest.approx(1, abs=1e-12)
+        start = nearest_mixture(np.full(300, 1 / 300), np.zeros(300), high)
+        slope = 2 * (to_target - between @ start) + 2 * bent @ (p - start)
+        answer = linprog(
+            slope, A_eq=np.ones((1, 300)), b_eq=[1.0], bounds=np.column_stack([0 * high, high])
+        )
+        assert slope @ p == pytest.approx(answer.fun, abs=1e-7)
+        assert np.all(p <= high + 1e-12)
 
 
 def test_energy_statistics_without_a_block_are_those_of_the_rows_left():
@@ -878,10 +943,15 @@ def test_debiased_mixture_is_no_worse_than_a_grid():
     assert found.value <= min(values) + 1e-3 * abs(min(values))
 
 
-def test_halves_of_one_row_raise():
-    """Independent halves need two rows. Source: definition."""
-    with pytest.raises(ValueError, match="source 1 has one row"):
-        halves(np.eye(3), np.array([0, 0, 1]), 2)
+def test_halves_of_one_row_are_that_row_twice():
+    """A source of one row is that point, in both halves; of none, nothing. Source: definition."""
+    one, other = halves(np.eye(3), np.array([0, 0, 1]), 2)
+    for half in (one, other):
+        assert half.counts.tolist() == [1, 1]
+        assert half.vectors[half.source == 1].tolist() == [[0.0, 0.0, 1.0]]
+    assert one.vectors[0].tolist() != other.vectors[0].tolist()
+    with pytest.raises(ValueError, match="source 1 has no rows"):
+        halves(np.eye(3), np.array([0, 0, 2]), 3)
 
 
 # Warm starts and reuse

@@ -32,6 +32,9 @@ _SAMPLE_ENTRIES = 32_000_000
 _EXACT_ENTRIES = 4_000_000
 """Largest cost matrix over all rows that is solved exactly: seconds, and some 100 MB."""
 
+_FIRST_ROWS = 8000
+"""Rows of all sources in the first sample: with many sources it begins with fewer of each."""
+
 _GROWTH = 4
 
 Stopped = Literal["tolerance", "all rows", "max_rows_per_source", "memory"]
@@ -133,6 +136,27 @@ def first_draws(problem: Problem, size: int) -> list[Rows]:
     return draws_of(lowest, size)
 
 
+def first_size(rows_per_source: int, n_sources: int) -> int:
+    """Rows of each source in the first sample: what is asked for, or fewer of many sources."""
+    return min(rows_per_source, max(2, _FIRST_ROWS // n_sources))
+
+
+def rows_in_memory(n_sources: int, n_targets: int) -> int:
+    """Rows of each source in the largest sample whose costs are kept in memory.
+
+    Raises:
+        ValueError: two rows of each source are too many.
+    """
+    most = _SAMPLE_ENTRIES // (n_sources * n_targets)
+    if most < 2:
+        raise ValueError(
+            f"{n_sources:,} sources and {n_targets:,} target points: two rows of each source make "
+            f"a cost matrix above {_SAMPLE_ENTRIES:,} entries; merge sources, or lower "
+            f"mixture.target_rows to {_SAMPLE_ENTRIES // (2 * n_sources):,}"
+        )
+    return most
+
+
 def certified_mixture(
     problem: Problem,
     rows_per_source: int,
@@ -152,11 +176,10 @@ def certified_mixture(
     Raises:
         StageError: a source has no rows, or decisions are of other rows.
         TransportNotSolved: a solver stopped early.
-        ValueError: the bounds are infeasible.
+        ValueError: the bounds are infeasible, or there are too many sources.
     """
-    in_memory = max(2, _SAMPLE_ENTRIES // (len(problem.sources) * len(problem.b)))
-    limit = min(max_rows_per_source, in_memory)
-    size = min(rows_per_source, limit)
+    limit = min(max_rows_per_source, rows_in_memory(len(problem.sources), len(problem.b)))
+    size = min(first_size(rows_per_source, len(problem.sources)), limit)
     known: FloatArray | None = None
     trace: list[dict[str, float]] = []
     while True:
