@@ -34,6 +34,8 @@ from stages.mixture.cuts import Cuts, lowest_point
 from stages.mixture.debiased import debiased_mixture, halves, self_transport
 from stages.mixture.energy import EnergySums, energy_mixture, energy_ranges, energy_sums
 from stages.mixture.joint_lp import optimal_mixture_by_lp
+from stages.mixture.on_device import lowest_on
+from stages.mixture.pull import Pull
 from stages.mixture.simplex import (
     FloatArray,
     IntArray,
@@ -662,6 +664,35 @@ def test_certificate_rows_in_other_shards_and_order_gives_same_bound(shards, met
     assert bounds[0] == pytest.approx(bounds[1], abs=1e-12)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("metric", ["euclidean", "squared_euclidean", "cosine"])
+def test_c_transforms_by_torch_equal_those_by_numpy(metric, device, monkeypatch):
+    """f_ij = min_l (c(x_i, y_l) + pi_il - g_jl), wherever it is computed. Source: definition."""
+    monkeypatch.setattr("stages.mixture.on_device.TILE_ROWS", 17)
+    problem = gaussian_problem(48)
+    rng = np.random.default_rng(48)
+    x = np.vstack([problem.x, problem.y, 1e-200 * problem.x[:1], 1e150 * problem.x[:1]])[:86]
+    penalty = rng.uniform(0, 0.5, size=(len(x), 25))
+    g = 0.3 * rng.normal(size=(4, 25))
+    for added in (None, penalty):
+        cost = cost_matrix(x, problem.y, metric)
+        expected = c_transforms(cost if added is None else cost + added, g)
+        found = lowest_on(device, x, problem.y, g, metric, added)
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.gpu
+def test_cut_sums_on_a_gpu_equal_those_on_the_processor():
+    """Sums of the same c-transforms. Source: definition."""
+    problem = gaussian_problem(49, rows=3000, atoms=50)
+    g = 0.3 * np.random.default_rng(49).normal(size=(6, 50))
+    arguments = problem.x, problem.source, problem.y, g, "euclidean", 3
+    here, there = cut_sums(*arguments), cut_sums(*arguments, device="cuda")
+    np.testing.assert_array_equal(here.count, there.count)
+    np.testing.assert_allclose(here.total, there.total, rtol=1e-12)
+    np.testing.assert_allclose(here.squares, there.squares, rtol=1e-12)
+
+
 def test_cut_sums_known_potential_gives_mean_and_standard_error():
     """h_k = mean of min_j (C_ij - g_j); its error sd / sqrt(n). Source: central limit theorem."""
     problem = gaussian_problem(43)
@@ -994,6 +1025,50 @@ def test_kept_proportions_outside_the_bounds_raise():
     upper = np.array([0.2, 1.0, 1.0])
     with pytest.raises(ValueError, match="don't allow the proportions"):
         kept_in_proportion(["a", "b", "c"], {"a": 0.9, "b": 0.1}, np.array([0, 0.1, 0]), upper)
+
+
+# A pull towards the natural mixture
+
+
+@pytest.mark.parametrize("strength", [0.05, 0.5])
+def test_optimal_mixture_with_a_pull_is_the_least_on_a_grid(strength):
+    """min_p F(p) + tau KL(p | p0), F by POT, KL by its sum. Source: definitions."""
+    problem = gaussian_problem(68)
+    natural = np.array([0.1, 0.3, 0.6])
+    pull = Pull(strength, natural)
+    grid = np.array([(i, j, 60 - i - j) for i in range(61) for j in range(61 - i)]) / 60
+
+    def value(p: FloatArray) -> float:
+        divergence = sum(a * np.log(a / b) for a, b in zip(p, natural, strict=True) if a > 0)
+        return float(
+            ot.emd2(row_weights(p, problem.source), problem.b, problem.cost) + strength * divergence
+        )
+
+    found = optimal_mixture(problem.cost, problem.source, problem.b, *problem.free, 1e-6, pull=pull)
+    assert found.value == pytest.approx(value(found.weights), rel=1e-9)
+    values = np.array([value(p) for p in grid])
+    assert found.lower_bound <= values.min()
+    assert found.value <= values.min() * (1 + 1e-6)
+    np.testing.assert_allclose(found.weights, grid[values.argmin()], atol=2 / 60)
+    free = optimal_mixture(problem.cost, problem.source, problem.b, *problem.free, 1e-6)
+    assert pull.divergence(found.weights) < pull.divergence(free.weights) - 1e-3
+    strong = optimal_mixture(
+        problem.cost, problem.source, problem.b, *problem.free, 1e-8, pull=Pull(1e3, natural)
+    )
+    np.testing.assert_allclose(strong.weights, natural, atol=0.01)
+
+
+def test_planes_of_a_pull_lie_below_it_and_touch_it_where_they_are_taken():
+    """KL(p | p0) >= sum p log(z / p0) + 1 - sum z for any z > 0. Source: convexity."""
+    rng = np.random.default_rng(69)
+    pull = Pull(0.7, np.array([0.2, 0.3, 0.1, 0.4]))
+    points = np.vstack([rng.dirichlet(np.ones(4), 5), [0.0, 0.5, 0.5, 0.0], np.full(4, 0.1)])
+    planes = pull.joined(Cuts(np.zeros((7, 4)), np.zeros(7)), points)
+    mixtures = np.vstack([rng.dirichlet(np.full(4, 0.3), 200), np.eye(4)])
+    exact = np.array([pull.value(p) for p in mixtures])
+    assert np.all(mixtures @ planes.vertex_values().T <= exact[:, None] + 1e-9)
+    at = (points * planes.slopes).sum(axis=1) + planes.constants
+    np.testing.assert_allclose(at[:6], [pull.value(p) for p in points[:6]], atol=1e-9)
 
 
 # Other weightings

@@ -14,6 +14,7 @@ from scipy.optimize import linprog
 
 from stages.mixture.cost import Metric, checked_rows, cost_matrix
 from stages.mixture.cuts import HIGHS, Cuts, lowest_blend, lowest_point
+from stages.mixture.on_device import TILE_ROWS, Device, lowest_on
 from stages.mixture.simplex import (
     ROUNDING,
     FloatArray,
@@ -96,6 +97,7 @@ def cut_sums(
     n_sources: int,
     tile_rows: int = 1024,
     penalty: FloatArray | None = None,
+    device: Device = "cpu",
 ) -> CutSums:
     """Sum g_j^c(x) and its square per (source, cut) over one block of rows.
 
@@ -111,12 +113,14 @@ def cut_sums(
         n_sources: K.
         tile_rows: rows per tile; memory is tile_rows * m numbers.
         penalty: added to the cost of a source's rows, float64 [K, m]; None: nothing.
+        device: cuda takes larger tiles on the GPU, in float64 too.
 
     Returns:
         The sums of this block; they may be of no rows at all.
 
     Raises:
         ValueError: an argument is malformed, or a row has no cost.
+        StageError: this process sees no GPU.
     """
     x = checked_rows(x_block, "x", metric)
     source, count = source_counts(source_block, n_sources)
@@ -126,12 +130,17 @@ def cut_sums(
         raise ValueError(f"tile_rows is {tile_rows}: need at least 1")
     total = np.zeros((n_sources, len(potentials)))
     squares = np.zeros_like(total)
+    points = checked_rows(y, "y", metric)
+    tile_rows = tile_rows if device == "cpu" else TILE_ROWS
     for start in range(0, source.size, tile_rows):
+        rows = x[start : start + tile_rows]
         members = source[start : start + tile_rows]
-        tile = cost_matrix(x[start : start + tile_rows], y, metric)
-        if penalty is not None:
-            tile += penalty[members]
-        lowest = c_transforms(tile, potentials)
+        added = None if penalty is None else penalty[members]
+        if device == "cpu":
+            tile = cost_matrix(rows, points, metric)
+            lowest = c_transforms(tile if added is None else tile + added, potentials)
+        else:
+            lowest = lowest_on(device, rows, points, potentials, metric, added)
         members_of = of_source(members, n_sources)
         total += members_of @ lowest
         squares += members_of @ lowest**2

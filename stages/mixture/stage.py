@@ -6,7 +6,7 @@ bound that no weights can go below is proven (`certified`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -27,11 +27,13 @@ from stages.mixture.certified import (
     relative_gap,
     rows_in_memory,
 )
-from stages.mixture.cuts import Cuts, lowest_point
+from stages.mixture.cuts import lowest_point
 from stages.mixture.debiased import debiased_mixture, halves
 from stages.mixture.energy import EnergySums, energy_mixture, energy_ranges, energy_sums
 from stages.mixture.figures import map_table, weight_curves
+from stages.mixture.on_device import Device
 from stages.mixture.problem import TargetCloud, target_cloud, weight_bounds
+from stages.mixture.pull import Pull
 from stages.mixture.sample import Rows, lowest_rows
 from stages.mixture.settings import MixtureSettings
 from stages.mixture.simplex import FloatArray, nearest_mixture
@@ -99,13 +101,16 @@ class MixtureStage:
     r"""Weights of sources, by :math:`\mathrm{OT}(\sum_k p_k \mu_k, \nu)` or another measure."""
 
     name = "mixture"
-    version = 2
+    version = 3
 
-    def __init__(self, settings: MixtureSettings, supply: Supply, seed: int) -> None:
-        """Keep the settings, what may be emitted, and the seed."""
+    def __init__(
+        self, settings: MixtureSettings, supply: Supply, seed: int, device: Device = "cpu"
+    ) -> None:
+        """Keep the settings, what may be emitted, the seed, and where passes take costs."""
         self.settings = settings
         self._supply = supply
         self._seed = seed
+        self._device = device
 
     def columns(self) -> Columns:
         """Ids and vectors; the decisions are read from selection."""
@@ -144,6 +149,9 @@ class MixtureStage:
         self._check_size(len(sources), len(cloud.mass))
         try:
             problem, projection = self._problem(columns, decisions, sources, cloud, lower, upper)
+            if self.settings.kl:
+                natural = _natural_mixture(sources, pool, lower)
+                problem = replace(problem, pull=Pull(self.settings.kl, natural))
             report, figures = self._solved(problem, lower, upper, available, anchored)
         except (TransportNotSolved, ValueError) as error:
             raise StageError(f"the mixture can't be solved: {error}", stage=self.name) from error
@@ -217,6 +225,7 @@ class MixtureStage:
             lower,
             upper,
             self._seed,
+            device=self._device,
         )
         if settings.pca is None:
             return problem, None
@@ -244,10 +253,10 @@ class MixtureStage:
             settings.bundle_tolerance,
         )
         cuts = certified.cuts(problem.b)
-        grouped = Cuts(cuts.slopes @ problem.groups, cuts.constants)
         near = problem.groups @ near_optimal_ranges(
-            grouped, problem.lower, problem.upper, settings.range_slack
-        )
+            problem.objective_cuts(cuts, certified.bundle.weights),
+            problem.lower, problem.upper, settings.range_slack,
+        )  # fmt: skip
         energy = self._energy_sums(problem)
         by_energy = energy_near = None
         if energy is not None:
@@ -298,6 +307,16 @@ class MixtureStage:
             "trace": certified.trace,
             **chosen.notes,
         }
+        if problem.pull is not None:
+            objective = problem.objective(estimate.value, chosen.weights)
+            report |= {
+                "kl": settings.kl,
+                "divergence": problem.pull.divergence(chosen.weights),
+                "objective_estimate": objective,
+                "objective_lower_bound": certified.objective_bound,
+                "objective_gap": relative_gap(objective, certified.objective_bound),
+            }
+            report["certified"] = bool(report["objective_gap"] <= settings.tolerance)
         if energy is not None and by_energy is not None:
             report |= _shrinkage(energy, certified.bundle.weights, by_energy, energy_near)
         if settings.keep:
@@ -431,6 +450,28 @@ class _Shares:
             for name, value in zip(self.sources, values, strict=True)
             if name not in self.anchors
         }
+
+
+def _natural_mixture(
+    sources: Sequence[str], pool: Mapping[str, float], lower: FloatArray
+) -> FloatArray:
+    r"""Shares of what there is, beside the anchors' fixed weights.
+
+    .. math:: p^0_k = (1 - \alpha) \frac{n_k}{\sum_{l \in \mathrm{pool}} n_l},
+              \qquad \alpha = \sum_{\mathrm{anchors}} p_k
+
+    Source: the natural mixture.
+
+    Args:
+        sources: K names.
+        pool: rows or tokens of every source that is no anchor, each above 0.
+        lower: least weights, those of anchors fixed, float64 [K].
+    """
+    free = np.array([name in pool for name in sources])
+    natural = lower.copy()
+    natural[free] = proportional_weights([pool[name] for name in sources if name in pool])
+    natural[free] *= 1 - lower[~free].sum()
+    return natural
 
 
 def _shrinkage(
