@@ -572,6 +572,20 @@ def test_optimal_mixture_too_few_solves_raises():
         optimal_mixture(problem.cost, problem.source, problem.b, *problem.free, 1e-9, max_solves=2)
 
 
+def test_solvers_out_of_steps_raise(monkeypatch):
+    """T14: neither energy nor debiased weights come back unsolved. Source: optimality gap."""
+    problem = gaussian_problem(37, sources=4, rows=30)
+    monkeypatch.setattr("stages.mixture.energy._STEPS", 2)
+    with pytest.raises(TransportNotSolved, match="4 sources: optimality gap"):
+        energy_mixture(pairs_of(problem), *problem.free)
+    monkeypatch.setattr("stages.mixture.debiased._STEPS", 1)
+    with pytest.raises(TransportNotSolved, match="still falls after 1 steps"):
+        debiased_mixture(
+            halves(problem.x, problem.source, 4), problem.y, problem.b, *problem.free,
+            Space("euclidean"), [np.eye(4)[0]], 1e-6,
+        )  # fmt: skip
+
+
 def test_optimal_mixture_source_without_rows_raises_naming_it():
     """mu_k needs rows. Source: definition of mu_k."""
     problem = gaussian_problem(32)
@@ -671,7 +685,7 @@ def test_c_transforms_by_torch_equal_those_by_numpy(metric, device, monkeypatch)
     monkeypatch.setattr("stages.mixture.on_device.TILE_ROWS", 17)
     problem = gaussian_problem(48)
     rng = np.random.default_rng(48)
-    x = np.vstack([problem.x, problem.y, 1e-200 * problem.x[:1], 1e150 * problem.x[:1]])[:86]
+    x = np.vstack([problem.x, problem.y, 1e-200 * problem.x[:1]])  # costs of 0, a tiny norm
     penalty = rng.uniform(0, 0.5, size=(len(x), 25))
     g = 0.3 * rng.normal(size=(4, 25))
     for added in (None, penalty):

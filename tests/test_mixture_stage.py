@@ -94,6 +94,26 @@ def test_planted_shares_are_found_and_the_certificate_holds(tmp_path: Path) -> N
     assert low <= report["upper_estimate"] <= high
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("method", ["transport", "energy"])
+def test_fresh_rows_estimate_from_above_what_all_rows_cost(
+    tmp_path: Path, seed: int, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """T5: bound <= exact value over all rows <= estimate, on rows that no solve saw."""
+    monkeypatch.setattr("stages.mixture.certified._EXACT_ENTRIES", 0)
+    data = planted(300, 40, (0.5, 0.3, 0.2), seed)
+    report = solve(tmp_path, data, method=method, rows_per_source=50, max_rows_per_source=50)
+    assert report["upper_from"] == "fresh rows"
+    _, _, _, vectors, source, points = data
+    cost = cost_matrix(vectors.astype(np.float32), points.astype(np.float32), "euclidean")
+    given = np.array([report["weights"][f"s{k}"] for k in range(3)])
+    value = optimal_mixture_by_lp(cost, source, np.ones(40) / 40, given, given).value
+    assert report["lower_bound"] <= value
+    assert value <= report["upper_interval"][1]
+    assert report["upper_interval"][0] < report["upper_estimate"] < report["upper_interval"][1]
+    assert report["upper_estimate"] <= value * 1.1, "an estimate this loose estimates nothing"
+
+
 def test_report_does_not_depend_on_shards(tmp_path: Path) -> None:
     data = planted(80, 60, (0.6, 0.4))
     first, second = (solve(tmp_path, data, shard, rows_per_source=30) for shard in (11, 160))

@@ -64,7 +64,8 @@ class MixtureSettings(Settings):
         default=0.0,
         ge=0,
         description="Adds this times the KL divergence of the weights from the natural mixture "
-        "(what there is of each source) to the transport. Needs `method: transport`.",
+        "(what there is of each source) to the transport. Needs `method: transport`; not with "
+        "`keep`.",
     )
     keep: dict[str, Share] = Field(
         default_factory=dict,
