@@ -50,8 +50,8 @@ class Backend(Protocol):
         """Fit an artifact with the open engines."""
         ...
 
-    def map(self, fn: Callable[[T], R], tasks: Iterable[T], /) -> Iterable[R]:
-        """Answers of a function for tasks that need no engine, in order."""
+    def map(self, fn: Callable[[T], R], tasks: Iterable[T], /, *, gpus: float = 0) -> Iterable[R]:
+        """Answers of a function for tasks that need no engine, in order; each has some GPU."""
         ...
 
     async def close(self) -> None:
@@ -97,8 +97,8 @@ class LocalBackend:
         """Fit an artifact."""
         return await task.artifact(self._roles)
 
-    def map(self, fn: Callable[[T], R], tasks: Iterable[T], /) -> Iterable[R]:
-        """Answers in order, one task after another."""
+    def map(self, fn: Callable[[T], R], tasks: Iterable[T], /, *, gpus: float = 0) -> Iterable[R]:
+        """Answers in order, one task after another, with what GPU this process has."""
         return map(fn, tasks)
 
     async def close(self) -> None:

@@ -89,6 +89,12 @@ class Execution(Settings):
     place_timeout_s: float = Field(
         default=120, gt=0, description="How long to wait for a cluster to place an engine."
     )
+    pass_gpus: float = Field(
+        default=0,
+        ge=0,
+        le=1,
+        description="GPUs of each task of the mixture's pass over all rows; 0: processor cores.",
+    )
 
 
 class Recipe(BaseModel):

@@ -22,6 +22,7 @@ from stages.explanation.stage import ExplanationStage
 from stages.extensions import extension_stage
 from stages.features.stage import FeaturesStage
 from stages.ingest.settings import ContaminationSettings
+from stages.mixture.on_device import Device
 from stages.mixture.stage import MixtureStage, Supply
 from stages.pass_rate.stage import PassRateStage
 from stages.prefixes.stage import PrefixesStage
@@ -241,7 +242,8 @@ def _set_stages(config: Config, present: tuple[str, ...]) -> dict[str, SetStage]
             repeats={source.name: float(source.repeats) for source in config.sources},
             anchors=anchors,
         )
-        sets["mixture"] = MixtureStage(config.mixture, supply, config.seed)
+        device: Device = "cuda" if config.execution.pass_gpus else "cpu"
+        sets["mixture"] = MixtureStage(config.mixture, supply, config.seed, device)
     sets["emission"] = EmissionStage(emission, config.seed, config.portable_recipe, present)
     return sets
 

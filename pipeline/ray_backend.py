@@ -224,24 +224,31 @@ class RayBackend:
         reference = self._worker.fit.remote(task, self._roles)
         return cast(Artifact, await self._answer(reference, task.stage.name))
 
-    def map(self, fn: Callable[[T], R], tasks: Iterable[T], /) -> Iterator[R]:
+    def map(self, fn: Callable[[T], R], tasks: Iterable[T], /, *, gpus: float = 0) -> Iterator[R]:
         """Answers in order; as many tasks are under way as the cluster has cores.
 
         Raises:
-            StageError: a task failed, or its worker died again and again.
+            StageError: a task failed, its worker died again and again, or there is no such GPU.
         """
-        cores = cast(Callable[[], dict[str, float]], ray.cluster_resources)().get("CPU", 1)
+        resources = cast(Callable[[], dict[str, float]], ray.cluster_resources)()
+        if gpus > resources.get("GPU", 0):
+            raise StageError(
+                f"a task over shards is to have {gpus:g} of a GPU, and the cluster has none; set "
+                "execution.pass_gpus to 0, or join a cluster with GPUs (RAY_ADDRESS)"
+            )
+        answered = _answered.options(num_gpus=gpus)
         shared = ray.put(cast(Callable[[Any], Any], fn))
         rest = iter(tasks)
+        cores = int(resources.get("CPU", 1))
         waiting: deque[Any] = deque()
         try:
-            waiting.extend(_answered.remote(shared, task) for task in islice(rest, int(cores)))
+            waiting.extend(answered.remote(shared, task) for task in islice(rest, cores))
             while waiting:
                 try:
                     answer: R = ray.get(waiting.popleft())
                 except (RayTaskError, WorkerCrashedError, OutOfMemoryError) as error:
                     raise _failure(error, "a task over shards") from error
-                waiting.extend(_answered.remote(shared, task) for task in islice(rest, 1))
+                waiting.extend(answered.remote(shared, task) for task in islice(rest, 1))
                 yield answer
         finally:
             # Whoever cleans up after an error must not meet a task that still writes.

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from pipeline.backend import Backend, FitTask, LocalBackend
@@ -580,11 +581,12 @@ class Run:
         stage = self.flow.sets[name]
         self.listener(Event(name, "start", total=1))
         columns = self._columns(name)
-        if name == "mixture" and columns.n_rows >= _ROWS_ON_WORKERS:
+        gpus = self.config.execution.pass_gpus
+        if name == "mixture" and (gpus or columns.n_rows >= _ROWS_ON_WORKERS):
             backend = self._made_backend()
             # Without engines: a pool would keep the cores that tasks over shards are given.
             await backend.open({}, self.config.execution.engines)
-            columns = replace(columns, each=backend.map)
+            columns = replace(columns, each=partial(backend.map, gpus=gpus))
         before = self.flow.names[: self.flow.names.index(name)]
         stores = {earlier: self.store.child(folder_of(earlier)) for earlier in before}
         outcome = stage.decide(columns, self._targets(name), stores)

@@ -34,6 +34,8 @@ from stages.mixture.cuts import Cuts, lowest_point
 from stages.mixture.debiased import debiased_mixture, halves, self_transport
 from stages.mixture.energy import EnergySums, energy_mixture, energy_ranges, energy_sums
 from stages.mixture.joint_lp import optimal_mixture_by_lp
+from stages.mixture.on_device import lowest_on
+from stages.mixture.pull import Pull
 from stages.mixture.simplex import (
     FloatArray,
     IntArray,
@@ -570,6 +572,20 @@ def test_optimal_mixture_too_few_solves_raises():
         optimal_mixture(problem.cost, problem.source, problem.b, *problem.free, 1e-9, max_solves=2)
 
 
+def test_solvers_out_of_steps_raise(monkeypatch):
+    """T14: neither energy nor debiased weights come back unsolved. Source: optimality gap."""
+    problem = gaussian_problem(37, sources=4, rows=30)
+    monkeypatch.setattr("stages.mixture.energy._STEPS", 2)
+    with pytest.raises(TransportNotSolved, match="4 sources: optimality gap"):
+        energy_mixture(pairs_of(problem), *problem.free)
+    monkeypatch.setattr("stages.mixture.debiased._STEPS", 1)
+    with pytest.raises(TransportNotSolved, match="still falls after 1 steps"):
+        debiased_mixture(
+            halves(problem.x, problem.source, 4), problem.y, problem.b, *problem.free,
+            Space("euclidean"), [np.eye(4)[0]], 1e-6,
+        )  # fmt: skip
+
+
 def test_optimal_mixture_source_without_rows_raises_naming_it():
     """mu_k needs rows. Source: definition of mu_k."""
     problem = gaussian_problem(32)
@@ -662,6 +678,35 @@ def test_certificate_rows_in_other_shards_and_order_gives_same_bound(shards, met
     assert bounds[0] == pytest.approx(bounds[1], abs=1e-12)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("metric", ["euclidean", "squared_euclidean", "cosine"])
+def test_c_transforms_by_torch_equal_those_by_numpy(metric, device, monkeypatch):
+    """f_ij = min_l (c(x_i, y_l) + pi_il - g_jl), wherever it is computed. Source: definition."""
+    monkeypatch.setattr("stages.mixture.on_device.TILE_ROWS", 17)
+    problem = gaussian_problem(48)
+    rng = np.random.default_rng(48)
+    x = np.vstack([problem.x, problem.y, 1e-200 * problem.x[:1]])  # costs of 0, a tiny norm
+    penalty = rng.uniform(0, 0.5, size=(len(x), 25))
+    g = 0.3 * rng.normal(size=(4, 25))
+    for added in (None, penalty):
+        cost = cost_matrix(x, problem.y, metric)
+        expected = c_transforms(cost if added is None else cost + added, g)
+        found = lowest_on(device, x, problem.y, g, metric, added)
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.gpu
+def test_cut_sums_on_a_gpu_equal_those_on_the_processor():
+    """Sums of the same c-transforms. Source: definition."""
+    problem = gaussian_problem(49, rows=3000, atoms=50)
+    g = 0.3 * np.random.default_rng(49).normal(size=(6, 50))
+    arguments = problem.x, problem.source, problem.y, g, "euclidean", 3
+    here, there = cut_sums(*arguments), cut_sums(*arguments, device="cuda")
+    np.testing.assert_array_equal(here.count, there.count)
+    np.testing.assert_allclose(here.total, there.total, rtol=1e-12)
+    np.testing.assert_allclose(here.squares, there.squares, rtol=1e-12)
+
+
 def test_cut_sums_known_potential_gives_mean_and_standard_error():
     """h_k = mean of min_j (C_ij - g_j); its error sd / sqrt(n). Source: central limit theorem."""
     problem = gaussian_problem(43)
@@ -719,6 +764,26 @@ def test_near_optimal_ranges_three_sources_match_grid_search():
     assert np.ptp(narrow, axis=1).max() < 0.1 * np.ptp(ranges, axis=1).max()
 
 
+def test_near_optimal_ranges_of_many_sources_hold_those_of_linear_programmes(monkeypatch):
+    """One blend of the cuts allows all that the cuts allow, and no weight of 1. Source: duality."""
+    rng = np.random.default_rng(47)
+    x, y = rng.normal(size=(80, 3)), 0.5 * rng.normal(size=(15, 3))
+    source, b = np.repeat(np.arange(40), 2), np.full(15, 1 / 15)
+    bounds = np.where(np.arange(40) == 7, 0.02, 0.0), np.full(40, 0.4)
+    cost = euclidean_cost(x, y)
+    cuts = optimal_mixture(cost, source, b, *bounds, 1e-6).cuts
+    exact = near_optimal_ranges(cuts, *bounds, 0.01)
+    monkeypatch.setattr("stages.mixture.certificate._EXACT_RANGES", 10)
+    fast = near_optimal_ranges(cuts, *bounds, 0.01)
+    assert np.all(fast[:, 0] <= exact[:, 0] + 1e-9)
+    assert np.all(fast[:, 1] >= exact[:, 1] - 1e-9)
+    np.testing.assert_allclose(fast[:, 0], exact[:, 0], atol=1e-9)
+    weighed = lowest_point(cuts, *bounds)[1] > bounds[0] + 1e-9
+    np.testing.assert_allclose(fast[weighed], exact[weighed], atol=1e-9)
+    # The blend says something: for most sources less than their cap.
+    assert (fast[~weighed, 1] < 0.3).mean() > 0.5
+
+
 # Energy distance
 
 
@@ -767,13 +832,58 @@ def test_energy_target_drawn_from_distinct_sources_recovers_weights(metric):
     assert abs(mixture.value) < 0.02
 
 
-def test_energy_statistics_of_one_row_per_source_raises():
-    """E_kk needs two independent rows. Source: U-statistics."""
-    x, y = np.eye(3), np.eye(3)
-    with pytest.raises(ValueError, match="source 1 has 1 rows"):
-        energy_sums(x, [0, 0, 1], y, np.ones(3), "euclidean", 2).statistics()
-    with pytest.raises(ValueError, match="one atom with mass"):
-        energy_sums(x, [0, 0, 0], y, [1.0, 0.0, 0.0], "euclidean", 1).statistics()
+def test_energy_of_a_source_of_one_row_and_of_one_target_is_that_of_points():
+    """E c(x, x') = 0 between copies of one point, so argmin ED is p*. Source: energy of a point."""
+    rng = np.random.default_rng(54)
+    alone = np.full(4, 3.0)
+    x = np.vstack([rng.normal(size=(200, 4)), alone])
+    y = np.vstack([rng.normal(size=(100, 4)), np.tile(alone, (100, 1))])
+    sums = energy_sums(x, [0] * 200 + [1], y, np.ones(200), "euclidean", 2, blocks=8)
+    mixture = energy_mixture(sums, np.zeros(2), np.ones(2))
+    np.testing.assert_allclose(mixture.weights, 0.5, atol=0.05)
+    ranges = energy_ranges(sums, mixture.weights, np.zeros(2), np.ones(2))
+    assert np.all((ranges[:, 0] <= 0.5) & (ranges[:, 1] >= 0.5))
+    # One target point among the rows of two sources: the nearer one, by all pairs.
+    problem = gaussian_problem(55, sources=2, atoms=1)
+    found = energy_mixture(pairs_of(problem), *problem.free)
+    spread, near = cdist(problem.x, problem.x), cdist(problem.x, problem.y)[:, 0]
+    means = [near[:20].mean(), near[20:].mean()]
+    own = [spread[:20, :20].sum() / 380, spread[20:, 20:].sum() / 380]
+    grid = np.linspace(0, 1, 2001)
+    across = spread[:20, 20:].mean()
+    values = (
+        2 * (grid * means[0] + (1 - grid) * means[1])
+        - (grid**2 * own[0] + (1 - grid) ** 2 * own[1] + 2 * grid * (1 - grid) * across)
+    )  # fmt: skip
+    assert found.weights[0] == pytest.approx(grid[values.argmin()], abs=1e-3)
+    assert found.value == pytest.approx(values.min(), abs=1e-6)
+    with pytest.raises(ValueError, match="source 1 has no rows"):
+        energy_sums(np.eye(3), [0, 0, 2], np.eye(3), np.ones(3), "euclidean", 3).statistics()
+
+
+def test_energy_mixture_of_many_sources_with_caps_is_the_least_by_linear_programmes():
+    """f(q) >= f(p) + f'(p) (q - p) for all feasible q, least by HiGHS. Source: convexity."""
+    rng = np.random.default_rng(56)
+    centres = rng.normal(size=(300, 12))
+    source = np.repeat(np.arange(300), 12)
+    x = centres[source] + rng.normal(size=(3600, 12))
+    y = centres[rng.integers(0, 5, 200)] + rng.normal(size=(200, 12))
+    sums = energy_sums(x, source, y, np.ones(200), "euclidean", 300)
+    to_target, between, _ = sums.statistics()
+    # The stage's own programme: curvature that only noise made negative is none.
+    basis = np.linalg.qr(np.column_stack([np.ones(300), np.eye(300)[:, 1:]]))[0][:, 1:]
+    curvature, axes = np.linalg.eigh(-basis.T @ between @ basis)
+    bent = basis @ axes @ np.diag(np.maximum(curvature, 0)) @ axes.T @ basis.T
+    for high in (np.ones(300), np.full(300, 0.02)):
+        p = energy_mixture(sums, np.zeros(300), high).weights
+        assert p.sum() == pytest.approx(1, abs=1e-12)
+        start = nearest_mixture(np.full(300, 1 / 300), np.zeros(300), high)
+        slope = 2 * (to_target - between @ start) + 2 * bent @ (p - start)
+        answer = linprog(
+            slope, A_eq=np.ones((1, 300)), b_eq=[1.0], bounds=np.column_stack([0 * high, high])
+        )
+        assert slope @ p == pytest.approx(answer.fun, abs=1e-7)
+        assert np.all(p <= high + 1e-12)
 
 
 def test_energy_statistics_without_a_block_are_those_of_the_rows_left():
@@ -878,10 +988,15 @@ def test_debiased_mixture_is_no_worse_than_a_grid():
     assert found.value <= min(values) + 1e-3 * abs(min(values))
 
 
-def test_halves_of_one_row_raise():
-    """Independent halves need two rows. Source: definition."""
-    with pytest.raises(ValueError, match="source 1 has one row"):
-        halves(np.eye(3), np.array([0, 0, 1]), 2)
+def test_halves_of_one_row_are_that_row_twice():
+    """A source of one row is that point, in both halves; of none, nothing. Source: definition."""
+    one, other = halves(np.eye(3), np.array([0, 0, 1]), 2)
+    for half in (one, other):
+        assert half.counts.tolist() == [1, 1]
+        assert half.vectors[half.source == 1].tolist() == [[0.0, 0.0, 1.0]]
+    assert one.vectors[0].tolist() != other.vectors[0].tolist()
+    with pytest.raises(ValueError, match="source 1 has no rows"):
+        halves(np.eye(3), np.array([0, 0, 2]), 3)
 
 
 # Warm starts and reuse
@@ -924,6 +1039,50 @@ def test_kept_proportions_outside_the_bounds_raise():
     upper = np.array([0.2, 1.0, 1.0])
     with pytest.raises(ValueError, match="don't allow the proportions"):
         kept_in_proportion(["a", "b", "c"], {"a": 0.9, "b": 0.1}, np.array([0, 0.1, 0]), upper)
+
+
+# A pull towards the natural mixture
+
+
+@pytest.mark.parametrize("strength", [0.05, 0.5])
+def test_optimal_mixture_with_a_pull_is_the_least_on_a_grid(strength):
+    """min_p F(p) + tau KL(p | p0), F by POT, KL by its sum. Source: definitions."""
+    problem = gaussian_problem(68)
+    natural = np.array([0.1, 0.3, 0.6])
+    pull = Pull(strength, natural)
+    grid = np.array([(i, j, 60 - i - j) for i in range(61) for j in range(61 - i)]) / 60
+
+    def value(p: FloatArray) -> float:
+        divergence = sum(a * np.log(a / b) for a, b in zip(p, natural, strict=True) if a > 0)
+        return float(
+            ot.emd2(row_weights(p, problem.source), problem.b, problem.cost) + strength * divergence
+        )
+
+    found = optimal_mixture(problem.cost, problem.source, problem.b, *problem.free, 1e-6, pull=pull)
+    assert found.value == pytest.approx(value(found.weights), rel=1e-9)
+    values = np.array([value(p) for p in grid])
+    assert found.lower_bound <= values.min()
+    assert found.value <= values.min() * (1 + 1e-6)
+    np.testing.assert_allclose(found.weights, grid[values.argmin()], atol=2 / 60)
+    free = optimal_mixture(problem.cost, problem.source, problem.b, *problem.free, 1e-6)
+    assert pull.divergence(found.weights) < pull.divergence(free.weights) - 1e-3
+    strong = optimal_mixture(
+        problem.cost, problem.source, problem.b, *problem.free, 1e-8, pull=Pull(1e3, natural)
+    )
+    np.testing.assert_allclose(strong.weights, natural, atol=0.01)
+
+
+def test_planes_of_a_pull_lie_below_it_and_touch_it_where_they_are_taken():
+    """KL(p | p0) >= sum p log(z / p0) + 1 - sum z for any z > 0. Source: convexity."""
+    rng = np.random.default_rng(69)
+    pull = Pull(0.7, np.array([0.2, 0.3, 0.1, 0.4]))
+    points = np.vstack([rng.dirichlet(np.ones(4), 5), [0.0, 0.5, 0.5, 0.0], np.full(4, 0.1)])
+    planes = pull.joined(Cuts(np.zeros((7, 4)), np.zeros(7)), points)
+    mixtures = np.vstack([rng.dirichlet(np.full(4, 0.3), 200), np.eye(4)])
+    exact = np.array([pull.value(p) for p in mixtures])
+    assert np.all(mixtures @ planes.vertex_values().T <= exact[:, None] + 1e-9)
+    at = (points * planes.slopes).sum(axis=1) + planes.constants
+    np.testing.assert_allclose(at[:6], [pull.value(p) for p in points[:6]], atol=1e-9)
 
 
 # Other weightings

@@ -94,6 +94,26 @@ def test_planted_shares_are_found_and_the_certificate_holds(tmp_path: Path) -> N
     assert low <= report["upper_estimate"] <= high
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("method", ["transport", "energy"])
+def test_fresh_rows_estimate_from_above_what_all_rows_cost(
+    tmp_path: Path, seed: int, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """T5: bound <= exact value over all rows <= estimate, on rows that no solve saw."""
+    monkeypatch.setattr("stages.mixture.certified._EXACT_ENTRIES", 0)
+    data = planted(300, 40, (0.5, 0.3, 0.2), seed)
+    report = solve(tmp_path, data, method=method, rows_per_source=50, max_rows_per_source=50)
+    assert report["upper_from"] == "fresh rows"
+    _, _, _, vectors, source, points = data
+    cost = cost_matrix(vectors.astype(np.float32), points.astype(np.float32), "euclidean")
+    given = np.array([report["weights"][f"s{k}"] for k in range(3)])
+    value = optimal_mixture_by_lp(cost, source, np.ones(40) / 40, given, given).value
+    assert report["lower_bound"] <= value
+    assert value <= report["upper_interval"][1]
+    assert report["upper_interval"][0] < report["upper_estimate"] < report["upper_interval"][1]
+    assert report["upper_estimate"] <= value * 1.1, "an estimate this loose estimates nothing"
+
+
 def test_report_does_not_depend_on_shards(tmp_path: Path) -> None:
     data = planted(80, 60, (0.6, 0.4))
     first, second = (solve(tmp_path, data, shard, rows_per_source=30) for shard in (11, 160))
@@ -242,6 +262,39 @@ def test_kept_sources_keep_their_proportions_and_the_loss_is_bounded(tmp_path: P
     assert true_loss <= report["loss_of_keeping"] + 1e-9
 
 
+def test_a_pull_to_the_natural_mixture_is_certified_with_it(tmp_path: Path) -> None:
+    data = planted(60, 100, (0.8, 0.2))
+    free = solve(tmp_path, data)
+    report = solve(tmp_path, data, kl=5.0, tolerance=1e-3)
+    assert free["weights"]["s0"] > 0.75
+    assert 0.5 < report["weights"]["s0"] < free["weights"]["s0"] - 0.05
+    vectors, source, points = data[3:]
+    cost = cost_matrix(vectors.astype(np.float32), points.astype(np.float32), "euclidean")
+
+    def objective(share: float) -> float:
+        fixed = np.array([share, 1 - share])
+        value = optimal_mixture_by_lp(cost, source, np.full(100, 0.01), fixed, fixed).value
+        return value + 5.0 * float(fixed @ np.log(2 * fixed))
+
+    values = [objective(share) for share in np.linspace(0.5, 0.8, 31)]
+    assert report["objective_lower_bound"] <= min(values)
+    assert report["objective_estimate"] <= min(values) * (1 + 1e-4)
+    assert report["objective_estimate"] == pytest.approx(
+        objective(report["weights"]["s0"]), rel=1e-6
+    )
+    assert report["upper_estimate"] == pytest.approx(
+        report["objective_estimate"] - 5.0 * report["divergence"]
+    )
+    assert report["lower_bound"] <= free["upper_estimate"]
+    assert report["certified"]
+    assert report["gap"] > report["tolerance"], "in transport alone it isn't the least"
+    low, high = report["ranges"]["s0"]
+    near = [s for s, v in zip(np.linspace(0.5, 0.8, 31), values, strict=True)
+            if v <= 1.01 * report["objective_lower_bound"]]  # fmt: skip
+    assert low <= min(near)
+    assert max(near) <= high
+
+
 def test_principal_components_are_kept_and_serve_emission(tmp_path: Path) -> None:
     data = planted(60, 60, (0.6, 0.4))
     rows, wanted, decisions, _, source, _ = data
@@ -289,6 +342,8 @@ def test_settings_that_disagree_are_refused() -> None:
     for wrong in (
         {"method": "energy", "keep": {"a": 0.5}},
         {"keep": {"a": 0.0}, "method": "transport"},
+        {"kl": 0.1, "method": "energy"},
+        {"kl": 0.1, "keep": {"a": 0.5}, "method": "transport"},
         {"serves": {"a": ["b"]}},
         {"task_cost": 1.0},
         {"rows_per_source": 50, "max_rows_per_source": 40},
@@ -307,51 +362,93 @@ def test_one_source_has_weight_one_and_a_bound(tmp_path: Path) -> None:
         assert report["gap"] == pytest.approx(0, abs=1e-9)
 
 
-def test_targets_all_alike_get_the_nearest_source(tmp_path: Path) -> None:
+BOTH = pytest.mark.parametrize("method", ["transport", "energy"])
+
+
+@BOTH
+def test_a_floor_above_what_its_source_has_is_named(tmp_path: Path, method: str) -> None:
+    data = planted(30, 20, (0.5, 0.5))
+    supply = Supply(50.0, "rows", {}, frozenset())
+    with pytest.raises(StageError, match=r"floors\.s1 = 0\.7 asks for more than the 30 available"):
+        solve(tmp_path, data, supply=supply, method=method, floors={"s1": 0.7})
+
+
+@BOTH
+def test_caps_that_leave_too_little_are_named(tmp_path: Path, method: str) -> None:
+    data = planted(30, 20, (0.5, 0.5))
+    with pytest.raises(StageError, match=r"caps allow only 0\.700.* s0: 30, s1: 30"):
+        solve(tmp_path, data, method=method, caps={"s0": 0.3, "s1": 0.4})
+
+
+@pytest.mark.parametrize("method", ["transport", "energy", "debiased"])
+@pytest.mark.parametrize("rows", [1, 20])
+def test_targets_all_alike_get_the_nearest_source(tmp_path: Path, method: str, rows: int) -> None:
     data = planted(30, 20, (0.5, 0.5))
     same = data[1].set_column(2, "embedding", pa.array([[6.0, 0, 0, 0, 0]] * 20))
-    data = (data[0], same, *data[2:])
-    report = solve(tmp_path, data, method="transport")
+    report = solve(tmp_path, (data[0], same.slice(0, rows), *data[2:]), method=method)
     assert report["weights"]["s0"] == pytest.approx(1, abs=1e-3)
-    assert report["energy_weights"] is None
-    with pytest.raises(StageError, match="two different target points"):
-        solve(tmp_path, data, method="energy")
+    vectors = data[3][:30].astype(np.float32)
+    nearest = np.linalg.norm(vectors - np.array([6.0, 0, 0, 0, 0]), axis=1).mean()
+    assert report["upper_estimate"] == pytest.approx(nearest, rel=1e-6)
+    assert report["lower_bound"] <= nearest * (1 + 1e-9)
+    assert report["energy_ranges"] is None, "one point says nothing of how targets vary"
 
 
-def test_a_source_of_one_row_is_weighed_by_transport(tmp_path: Path) -> None:
-    data = planted(30, 20, (0.5, 0.5))
-    decisions = data[2].set_column(
-        2, "keep", pa.array([i <= 30 for i in range(60)])
-    )  # all of s0, one row of s1
-    decisions = decisions.set_column(
-        3, "reason", pa.array(["kept" if i <= 30 else "cut" for i in range(60)])
+@pytest.mark.parametrize("method", ["transport", "energy", "debiased"])
+def test_a_source_of_one_row_is_weighed(tmp_path: Path, method: str) -> None:
+    """The target is half of s0 and half of the very row that s1 has."""
+    data = planted(30, 20, (1.0, 0.0))
+    first = [i <= 30 for i in range(60)]
+    decisions = data[2].set_column(2, "keep", pa.array(first))
+    reasons = pa.array(["kept" if kept else "cut" for kept in first])
+    decisions = decisions.set_column(3, "reason", reasons)
+    row = data[0]["embedding"].to_pylist()[30]
+    twice = pa.table(
+        {
+            "id": [f"t{i}" for i in range(40)],
+            "task": ["only"] * 40,
+            "embedding": pa.array(data[1]["embedding"].to_pylist() + [row] * 20),
+        }
     )
-    data = (data[0], data[1], decisions, *data[3:])
-    report = solve(tmp_path, data, method="transport")
+    report = solve(
+        tmp_path, (data[0], twice, decisions, *data[3:]), method=method,
+        task_weights="proportional",
+    )  # fmt: skip
     assert report["weights"]["s1"] == pytest.approx(0.5, abs=0.05)
-    for method in ("energy", "debiased"):
-        with pytest.raises(StageError, match=r"two rows of each source|halves need two"):
-            solve(tmp_path, data, method=method)
+    if method == "energy":
+        low, high = report["ranges"]["s1"]
+        assert low <= 0.5 <= high
 
 
+def with_vector(data: Any, table: int, place: int, vector: list[float]) -> Any:
+    """The data, one vector of its rows (0) or targets (1) replaced."""
+    where = data[table].schema.get_field_index("embedding")
+    vectors = data[table]["embedding"].to_pylist()
+    vectors[place] = vector
+    column = pa.array(vectors, pa.list_(pa.float32()))
+    changed = list(data)
+    changed[table] = data[table].set_column(where, "embedding", column)
+    return tuple(changed)
+
+
+@BOTH
+@pytest.mark.parametrize("table", [0, 1])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_vector_that_is_not_finite_is_an_error(tmp_path: Path, bad: float) -> None:
-    data = planted(10, 10, (0.5, 0.5))
-    vectors = data[0]["embedding"].to_pylist()
-    vectors[3][1] = bad
-    rows = data[0].set_column(1, "embedding", pa.array(vectors, pa.list_(pa.float32())))
+def test_a_vector_that_is_not_finite_is_an_error(
+    tmp_path: Path, bad: float, table: int, method: str
+) -> None:
+    data = with_vector(planted(10, 10, (0.5, 0.5)), table, 3, [0.0, bad, 0.0, 0.0, 0.0])
     with pytest.raises(StageError, match="NaN"):
-        solve(tmp_path, (rows, *data[1:]))
+        solve(tmp_path, data, method=method)
 
 
-def test_a_zero_vector_has_no_cosine(tmp_path: Path) -> None:
-    data = planted(10, 10, (0.5, 0.5))
-    vectors = data[0]["embedding"].to_pylist()
-    vectors[3] = [0.0] * 5
-    rows = data[0].set_column(1, "embedding", pa.array(vectors, pa.list_(pa.float32())))
+@BOTH
+@pytest.mark.parametrize("table", [0, 1])
+def test_a_zero_vector_has_no_cosine(tmp_path: Path, table: int, method: str) -> None:
+    data = with_vector(planted(10, 10, (0.5, 0.5)), table, 3, [0.0] * 5)
     with pytest.raises(StageError, match="zero vector"):
-        solve(tmp_path, (rows, *data[1:]), metric="cosine")
-    assert solve(tmp_path, (rows, *data[1:]))["lower_bound"] > 0
+        solve(tmp_path, data, metric="cosine", method=method)
+    assert solve(tmp_path, data, method=method)["lower_bound"] > 0
 
 
 def test_a_source_without_vectors_is_named(tmp_path: Path) -> None:
@@ -394,11 +491,108 @@ def test_hundreds_of_sources_get_right_weights(tmp_path: Path) -> None:
         }
     )
     report = solve(tmp_path, (rows, wanted, decisions), method="transport")
+    by_energy = solve(tmp_path, (rows, wanted, decisions), method="energy")
     cost = cost_matrix(x.astype(np.float32), y.astype(np.float32), "euclidean")
     exact = optimal_mixture_by_lp(cost, source, np.ones(12) / 12, np.zeros(240), np.ones(240))
     assert report["upper_estimate"] == pytest.approx(exact.value, rel=1e-3)
     assert report["lower_bound"] <= exact.value * (1 + 1e-9)
     assert report["energy_weights"] is None
+    assert by_energy["lower_bound"] == report["lower_bound"]
+    assert by_energy["upper_estimate"] >= report["lower_bound"]
+    # The energy distance of the very rows, two of each source, at many other mixtures.
+    spread = cost_matrix(x.astype(np.float32), x.astype(np.float32), "euclidean")
+    between = spread.reshape(240, 2, 240, 2).sum(axis=(1, 3)) / (4 - 2 * np.eye(240))
+    near = cost.reshape(240, 2, 12).mean(axis=(1, 2))
+    p = np.array([by_energy["weights"][f"s{k:03d}"] for k in range(240)])
+    least = 2 * p @ near - p @ between @ p
+    corners = np.vstack([np.eye(240), rng.dirichlet(np.full(240, 0.02), 500)])
+    others = 2 * corners @ near - np.einsum("ik,kl,il->i", corners, between, corners)
+    assert least <= others.min() + 1e-9
+    with pytest.raises(StageError, match="debiased takes at most 200 sources, and there are 240"):
+        solve(tmp_path, (rows, wanted, decisions), method="debiased")
+
+
+class NotRead(Tables):
+    """Rows that nobody may read: what is refused must be refused before any work."""
+
+    def iter(self, names: Sequence[str]) -> Any:
+        raise AssertionError("vectors were read")
+
+    def map(self, names: Sequence[str], fn: Any, merge: Any, *, beside: pa.Table) -> Any:
+        raise AssertionError("vectors were read")
+
+
+@pytest.mark.parametrize(
+    ("method", "sources", "said"),
+    [
+        ("energy", 2501, "energy takes at most 2,500 sources, and there are 2,501; .*transport"),
+        ("debiased", 201, "debiased takes at most 200 sources, and there are 201; .*energy or"),
+        ("transport", 8001, r"8,001 sources and 2,000 target points: .*target_rows to 1,999"),
+    ],
+)
+def test_too_many_sources_are_refused_before_any_vector_is_read(
+    tmp_path: Path, method: str, sources: int, said: str
+) -> None:
+    rng = np.random.default_rng(0)
+    names = [f"s{k:05d}" for k in range(sources)]
+    decisions = pa.table(
+        {
+            "id": names,
+            "source": names,
+            "keep": [True] * sources,
+            "reason": ["kept"] * sources,
+            "tokens": [1] * sources,
+        }
+    )
+    wanted = pa.table(
+        {
+            "id": [f"t{j}" for j in range(2000)],
+            "task": ["a"] * 2000,
+            "embedding": list(rng.normal(size=(2000, 2)).astype(np.float32)),
+        }
+    )
+    store = Store(str(tmp_path))
+    store.write_table("decisions.parquet", decisions)
+    settings = MixtureSettings(method=method, target_rows=2000)
+    stage = MixtureStage(settings, Supply(None, "rows", {}, frozenset()), seed=1)
+    with pytest.raises(StageError, match=said):
+        stage.decide(NotRead(decisions, 100), Tables(wanted, 500), {"selection": store})
+
+
+@pytest.mark.slow
+@BOTH
+def test_two_thousand_sources_find_the_planted_ones(tmp_path: Path, method: str) -> None:
+    rng = np.random.default_rng(4)
+    n_sources, each = 2000, 10
+    centres = rng.normal(size=(n_sources, 16))
+    source = np.repeat(np.arange(n_sources), each)
+    x = centres[source] + 0.3 * rng.normal(size=(source.size, 16))
+    y = centres[rng.choice(3, 200, p=[0.5, 0.3, 0.2])] + 0.3 * rng.normal(size=(200, 16))
+    ids = [f"{i:032x}" for i in range(source.size)]
+    rows = pa.table({"id": ids, "embedding": list(x.astype(np.float32))})
+    wanted = pa.table(
+        {
+            "id": [f"t{j}" for j in range(200)],
+            "task": ["a"] * 200,
+            "embedding": list(y.astype(np.float32)),
+        }
+    )
+    decisions = pa.table(
+        {
+            "id": ids,
+            "source": [f"s{k:04d}" for k in source],
+            "keep": [True] * len(ids),
+            "reason": ["kept"] * len(ids),
+            "tokens": [1] * len(ids),
+        }
+    )
+    report = solve(tmp_path, (rows, wanted, decisions), 5000, method=method)
+    found = [report["weights"][f"s{k:04d}"] for k in range(3)]
+    assert found == pytest.approx([0.5, 0.3, 0.2], abs=0.08)
+    assert report["lower_bound"] <= report["upper_estimate"]
+    low, high = report["ranges"]["s1999"]
+    assert low == 0
+    assert high < 0.2
 
 
 # Shards on workers
@@ -449,7 +643,7 @@ def test_a_run_maps_large_mixtures_over_its_backend(
     mapped: list[int] = []
     plain = LocalBackend.map
 
-    def counted(self: Any, fn: Any, tasks: Any) -> Any:
+    def counted(self: Any, fn: Any, tasks: Any, gpus: float) -> Any:
         listed = list(tasks)
         mapped.append(len(listed))
         return plain(self, fn, listed)
@@ -459,3 +653,13 @@ def test_a_run_maps_large_mixtures_over_its_backend(
     assert mapped
     assert set(mapped) == {3}, "a task is a shard"
     assert folder.read_json("manifest.json")["report"] == here
+
+
+def test_a_gpu_that_is_not_there_is_said(recipe: Any, execute: Any) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    recipe.value["execution"]["pass_gpus"] = 0.5
+    with pytest.raises(StageError, match=r"execution\.pass_gpus asks for a GPU"):
+        execute()

@@ -145,6 +145,80 @@ def test_tasks_over_shards_are_spread_and_answered_in_order(backend: Any, tmp_pa
     assert here.kept.tolist() == spread.kept.tolist()
 
 
+@pytest.mark.parametrize("method", ["energy", "transport"])
+def test_mixture_over_ray_tasks_equals_the_local_one(
+    backend: Any, tmp_path: Path, method: str
+) -> None:
+    """T10: sums over shards add up, so bounds differ by rounding alone; weights not at all."""
+    import numpy as np
+
+    from pipeline.rundir import RunColumns
+    from stages.mixture.certified import Problem, sums_over_all_rows
+    from stages.mixture.settings import MixtureSettings
+    from stages.mixture.space import Space
+    from stages.mixture.stage import MixtureStage, Supply
+    from stages.storage import Store
+
+    rng = np.random.default_rng(7)
+    source = np.repeat(np.arange(3), 60)
+    centres = 3 * np.eye(3, 6)
+    vectors = (centres[source] + rng.normal(size=(180, 6))).astype(np.float32)
+    points = centres[rng.choice(3, 40, p=[0.5, 0.3, 0.2])] + rng.normal(size=(40, 6))
+    ids = np.array([f"{i:032x}" for i in range(180)])
+    targets = Store(str(tmp_path / "targets"))
+    wanted = {"id": [f"t{j}" for j in range(40)], "task": ["only"] * 40}
+    vector = pa.list_(pa.float32())
+    wanted_table = pa.table({**wanted, "embedding": pa.array(list(points), vector)})
+    for folder in ("ingest", "embedding"):
+        targets.write_table(f"{folder}/targets/part-00000.parquet", wanted_table)
+    homes = {"id": "ingest", "task": "ingest", "embedding": "embedding"}
+    cloud = RunColumns(targets, ("part-00000.parquet",), homes, 40, targets=True)
+
+    def answers(order: Any, cuts: list[int], each: Any) -> Any:
+        """The stage's report, and the sums of three potentials, of rows in shards."""
+        run = Store(str(tmp_path / f"{len(cuts)}-{order[0]}-{each is in_turn}"))
+        for number, rows in enumerate(np.split(order, cuts)):
+            part = f"part-{number:05d}.parquet"
+            run.write_table(f"ingest/{part}", pa.table({"id": ids[rows]}))
+            embedded = pa.array(list(vectors[rows]), vector)
+            run.write_table(f"embedding/{part}", pa.table({"id": ids[rows], "embedding": embedded}))
+        decisions = pa.table(
+            {
+                "id": ids[order],
+                "source": [f"s{k}" for k in source[order]],
+                "keep": [True] * 180,
+                "reason": ["kept"] * 180,
+                "tokens": [1] * 180,
+            }
+        )
+        run.write_table("selection/decisions.parquet", decisions)
+        columns = RunColumns(run, tuple(run.names("ingest")), homes, 180, each=each)
+        settings = MixtureSettings(method=method, rows_per_source=20, max_rows_per_source=40)
+        stage = MixtureStage(settings, Supply(None, "rows", {}, frozenset()), seed=1)
+        report = stage.decide(columns, cloud, {"selection": run.child("selection")}).report
+        problem = Problem(
+            columns, decisions, ["s0", "s1", "s2"], points, np.full(40, 1 / 40),
+            Space("euclidean"), np.eye(3), np.zeros(3), np.ones(3), seed=1,
+        )  # fmt: skip
+        potentials = np.random.default_rng(0).normal(size=(3, 40))
+        return report, sums_over_all_rows(problem, potentials)
+
+    plain = np.arange(180)
+    report, sums = answers(plain, [], in_turn)
+    assert len(report["trace"]) > 1, "one pass over the rows is not all that was asked for"
+    for order, cuts in (
+        (plain, [50, 100, 150]),
+        (rng.permutation(180), [1, 30, 31, 120]),
+    ):
+        spread, spread_sums = answers(order, cuts, backend.map)
+        assert spread["weights"] == report["weights"]
+        for key in ("lower_bound", "upper_estimate", "sample_lower_bound", "gap"):
+            assert spread[key] == pytest.approx(report[key], rel=1e-12, abs=1e-12)
+        np.testing.assert_array_equal(spread_sums.count, sums.count)
+        np.testing.assert_allclose(spread_sums.total, sums.total, rtol=1e-12)
+        np.testing.assert_allclose(spread_sums.squares, sums.squares, rtol=1e-12)
+
+
 def test_error_in_a_task_over_shards_is_the_tasks_own(backend: Any) -> None:
     from stages.errors import ConfigError, StageError
     from stages.storage import Store
@@ -153,6 +227,8 @@ def test_error_in_a_task_over_shards_is_the_tasks_own(backend: Any) -> None:
         list(backend.map(Store("nosuch://bucket").read_json, ["name"]))
     with pytest.raises(StageError, match=r"a task over shards failed.*(?s:.)*gone"):
         list(backend.map(Store("/nonexistent").read_json, ["gone"]))
+    with pytest.raises(StageError, match=r"64 of a GPU.*set execution\.pass_gpus to 0"):
+        list(backend.map(Store("/nonexistent").read_json, ["gone"], gpus=64))
 
 
 def test_an_error_among_tasks_leaves_none_under_way(backend: Any, tmp_path: Path) -> None:

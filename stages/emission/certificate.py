@@ -49,12 +49,13 @@ def certificate_sentences(mixture: Mapping[str, Any]) -> list[str]:
         mixture: the report of the mixture stage.
     """
     said = []
+    pulled = mixture.get("kl")
     value, lower = mixture.get("value_sample"), mixture.get("lower_bound")
     upper, gap = mixture.get("upper_estimate"), mixture.get("gap")
     if value is not None:
         said.append(
-            "On the sample that was solved, the least cost of carrying a mixture onto the targets "
-            f"is {value:.4g}."
+            "On the sample that was solved, the least cost of carrying a mixture onto the targets"
+            f"{', with the pull to the natural mixture,' if pulled else ''} is {value:.4g}."
         )
     if lower is not None:
         said.append(
@@ -68,9 +69,11 @@ def certificate_sentences(mixture: Mapping[str, Any]) -> list[str]:
             f"Over all selected rows this mixture is estimated to cost {upper:.4g}{range_}."
         )
     if gap is not None and mixture.get("method", "transport") == "transport":
+        gap = mixture["objective_gap"] if pulled else gap
         verdict = "certified" if mixture.get("certified") else "NOT within the tolerance asked for"
         said.append(
-            f"So its cost is estimated to be within {gap:.2%} of the least possible "
+            f"So its cost{' with that pull' if pulled else ''} is estimated to be within "
+            f"{gap:.2%} of the least possible "
             f"({verdict}: the tolerance is {mixture.get('tolerance', 0):.2%})."
         )
     elif gap is not None:

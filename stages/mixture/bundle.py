@@ -10,6 +10,7 @@ from scipy.linalg import helmert
 from scipy.optimize import minimize, nnls
 
 from stages.mixture.cuts import Cuts, lowest_point
+from stages.mixture.pull import Pull, stacked
 from stages.mixture.simplex import (
     FloatArray,
     checked_bounds,
@@ -41,10 +42,10 @@ class BundleResult:
 
     Attributes:
         weights: p, float64 [K].
-        value: F(p), an upper bound of the minimum.
+        value: F(p), with the pull if there is one: an upper bound of the minimum.
         lower_bound: lower bound of the minimum.
         potentials: g that was known or found, float64 [J, m].
-        cuts: h [J, K] and <b, g> [J] of every potential.
+        cuts: h [J, K] and <b, g> [J] of every potential, without the pull.
         solves: how many transport problems were solved.
     """
 
@@ -145,6 +146,7 @@ def optimal_mixture(
     *,
     known: FloatArray | None = None,
     groups: FloatArray | None = None,
+    pull: Pull | None = None,
 ) -> BundleResult:
     """Solve min_p F(p), F(p) = OT(sum_k p_k mu_k, nu), with lower <= p <= upper, sum p = 1.
 
@@ -166,6 +168,7 @@ def optimal_mixture(
             over these rows, so that few solves remain.
         groups: W float64 [K, G], columns summing to 1: only mixtures p = W q are allowed, with q on
             the simplex; `lower` and `upper` are then those of q, [G].
+        pull: added to F, or None.
 
     Returns:
         The best mixture, bounds, potentials and cuts.
@@ -185,8 +188,18 @@ def optimal_mixture(
     upper_bound, lower_bound = np.inf, -np.inf
     potentials = np.empty((0, target.size)) if known is None else known
     slopes = means_per_source(c_transforms(cost, potentials), source, counts)
+    # Where a tangent of the pull is taken with each cut: at the natural mixture it is 0.
+    points = np.repeat((share @ best if pull is None else pull.natural)[None], len(slopes), 0)
+
+    def planes() -> Cuts:
+        cuts = Cuts(slopes, potentials @ target)
+        if pull is not None:
+            here = (share @ best)[None]
+            cuts = stacked(pull.joined(cuts, points), pull.joined(cuts, here))
+        return Cuts(cuts.slopes @ share, cuts.constants)
+
     if len(potentials):
-        lower_bound, q = lowest_point(Cuts(slopes @ share, potentials @ target), low, high)
+        lower_bound, q = lowest_point(planes(), low, high)
     last: Transport | None = None
     for solves in range(1, max_solves + 1):
         # A source of weight 1e-17 is rounding, and would bring all its rows into the plan.
@@ -196,17 +209,17 @@ def optimal_mixture(
             [slopes, means_per_source(last.source_potential[:, None], source, counts)]
         )
         potentials = np.vstack([potentials, last.target_potential])
-        if last.value < upper_bound:
-            best, upper_bound = q, last.value
-        constants = potentials @ target
-        cuts = Cuts(slopes @ share, constants)
+        points = np.vstack([points, share @ q])
+        value = last.value if pull is None else last.value + pull.value(share @ q)
+        if value < upper_bound:
+            best, upper_bound = q, value
+        cuts = planes()
         bound, lowest = lowest_point(cuts, low, high)
         lower_bound = max(lower_bound, bound)
         gap = upper_bound - lower_bound
         if gap <= max(tolerance * upper_bound, negligible):
-            return BundleResult(
-                share @ best, upper_bound, lower_bound, potentials, Cuts(slopes, constants), solves
-            )
+            own = Cuts(slopes, potentials @ target)
+            return BundleResult(share @ best, upper_bound, lower_bound, potentials, own, solves)
         nearest = nearest_below_level(best, cuts, lower_bound + _LEVEL * gap, low, high)
         # Where rounding hides the level set, the lowest point of the cuts is still inside it.
         q = lowest if nearest is None else nearest

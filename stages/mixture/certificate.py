@@ -13,16 +13,24 @@ import numpy.typing as npt
 from scipy.optimize import linprog
 
 from stages.mixture.cost import Metric, checked_rows, cost_matrix
-from stages.mixture.cuts import HIGHS, Cuts, lowest_point
+from stages.mixture.cuts import HIGHS, Cuts, lowest_blend, lowest_point
+from stages.mixture.on_device import TILE_ROWS, Device, lowest_on
 from stages.mixture.simplex import (
+    ROUNDING,
     FloatArray,
     IntArray,
     checked_bounds,
     distribution,
+    least_dot,
     of_source,
     source_counts,
 )
 from stages.mixture.transport import TransportNotSolved, c_transforms
+
+_EXACT_RANGES = 200
+"""Sources up to which every range is that of linear programmes: two a source, each some 0.1 s."""
+
+_HALVINGS = 40
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,7 @@ def cut_sums(
     n_sources: int,
     tile_rows: int = 1024,
     penalty: FloatArray | None = None,
+    device: Device = "cpu",
 ) -> CutSums:
     """Sum g_j^c(x) and its square per (source, cut) over one block of rows.
 
@@ -104,12 +113,14 @@ def cut_sums(
         n_sources: K.
         tile_rows: rows per tile; memory is tile_rows * m numbers.
         penalty: added to the cost of a source's rows, float64 [K, m]; None: nothing.
+        device: cuda takes larger tiles on the GPU, in float64 too.
 
     Returns:
         The sums of this block; they may be of no rows at all.
 
     Raises:
         ValueError: an argument is malformed, or a row has no cost.
+        StageError: this process sees no GPU.
     """
     x = checked_rows(x_block, "x", metric)
     source, count = source_counts(source_block, n_sources)
@@ -119,12 +130,17 @@ def cut_sums(
         raise ValueError(f"tile_rows is {tile_rows}: need at least 1")
     total = np.zeros((n_sources, len(potentials)))
     squares = np.zeros_like(total)
+    points = checked_rows(y, "y", metric)
+    tile_rows = tile_rows if device == "cpu" else TILE_ROWS
     for start in range(0, source.size, tile_rows):
+        rows = x[start : start + tile_rows]
         members = source[start : start + tile_rows]
-        tile = cost_matrix(x[start : start + tile_rows], y, metric)
-        if penalty is not None:
-            tile += penalty[members]
-        lowest = c_transforms(tile, potentials)
+        added = None if penalty is None else penalty[members]
+        if device == "cpu":
+            tile = cost_matrix(rows, points, metric)
+            lowest = c_transforms(tile if added is None else tile + added, potentials)
+        else:
+            lowest = lowest_on(device, rows, points, potentials, metric, added)
         members_of = of_source(members, n_sources)
         total += members_of @ lowest
         squares += members_of @ lowest**2
@@ -205,8 +221,10 @@ def near_optimal_ranges(
 ) -> FloatArray:
     """Least and greatest p_k among near-optimal mixtures, those with M p <= (1 + delta) LB.
 
-    Cuts lie below F, so a mixture with F(p) <= (1 + delta) LB can't be outside these ranges.
-    Source: LP duality; 2 K linear programmes.
+    Cuts lie below F, so a mixture with F(p) <= (1 + delta) LB can't be outside these ranges. Where
+    there are more than 200 sources, those that the lowest point gives no more than they must have
+    get a range from one blend of the cuts, which is wider.
+    Source: LP duality; two linear programmes a source.
 
     Args:
         cuts: J cuts over K weights.
@@ -224,16 +242,19 @@ def near_optimal_ranges(
     if not delta >= 0:
         raise ValueError(f"delta is {delta}: need at least 0")
     low, high = checked_bounds(lower, upper)
-    bound, lowest = lowest_point(cuts, low, high)
+    bound, lowest, blend = lowest_blend(cuts, low, high)
     values = cuts.vertex_values()
     size = float(np.abs(values).max()) or 1.0
     # The lowest point is inside by construction, also where rounding puts it above the bound.
     level = max(bound + delta * abs(bound), cuts.value_at(lowest))
     ranges = np.column_stack([lowest, lowest])
     for k in range(low.size):
+        if low.size > _EXACT_RANGES and lowest[k] <= low[k] + ROUNDING:
+            ranges[k] = low[k], _greatest_of_blend(k, blend, level, low, high)
+            continue
         for side, sign in enumerate((1.0, -1.0)):
             answer = linprog(
-                sign * np.eye(low.size)[k],
+                sign * np.eye(1, low.size, k)[0],
                 A_ub=values / size,
                 b_ub=np.full(len(values), level / size),
                 A_eq=np.ones((1, low.size)),
@@ -248,3 +269,32 @@ def near_optimal_ranges(
     ranges[:, 0] = np.clip(ranges[:, 0], low, lowest)
     ranges[:, 1] = np.clip(ranges[:, 1], lowest, high)
     return ranges
+
+
+def _greatest_of_blend(
+    k: int, blend: FloatArray, level: float, low: FloatArray, high: FloatArray
+) -> float:
+    r"""The greatest weight of a source that one blend of the cuts allows.
+
+    .. math:: \max \{ p_k : c \cdot p \le \mathrm{level},\;
+              l \le p \le u,\; \textstyle\sum p = 1 \}
+
+    The least of :math:`c \cdot p` at a given :math:`p_k` is convex in it and, from :math:`l_k` on
+    for a source that the cheapest mixture leaves at :math:`l_k`, rises: a bisection finds where it
+    passes the level.
+    Source: the linear programme's dual with its multipliers held.
+    """
+
+    def least(weight: float) -> float:
+        lowest, highest = low.copy(), high.copy()
+        lowest[k] = highest[k] = weight
+        return float(blend @ least_dot(blend, lowest, highest))
+
+    inside = float(low[k])
+    outside = float(min(high[k], 1.0 - (low.sum() - low[k])))
+    if least(outside) <= level:
+        return outside
+    for _ in range(_HALVINGS):
+        middle = (inside + outside) / 2
+        inside, outside = (middle, outside) if least(middle) <= level else (inside, middle)
+    return outside

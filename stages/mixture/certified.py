@@ -20,6 +20,8 @@ from stages.base import ShardedColumns
 from stages.mixture.bundle import BundleResult, optimal_mixture
 from stages.mixture.certificate import CutSums, cut_sums, full_cuts
 from stages.mixture.cuts import Cuts, lowest_point
+from stages.mixture.on_device import Device
+from stages.mixture.pull import Pull, stacked
 from stages.mixture.sample import FRESH_DRAWS, Rows, draws_of, kept_rows, lowest_rows
 from stages.mixture.simplex import FloatArray, IntArray, row_weights
 from stages.mixture.space import Space
@@ -31,6 +33,9 @@ _SAMPLE_ENTRIES = 32_000_000
 
 _EXACT_ENTRIES = 4_000_000
 """Largest cost matrix over all rows that is solved exactly: seconds, and some 100 MB."""
+
+_FIRST_ROWS = 8000
+"""Rows of all sources in the first sample: with many sources it begins with fewer of each."""
 
 _GROWTH = 4
 
@@ -52,6 +57,8 @@ class Problem:
         lower: of q, float64 [G].
         upper: of q, float64 [G].
         seed: of the recipe.
+        pull: added to the transport that is minimised, or None.
+        device: where the pass over all rows takes costs.
     """
 
     columns: ShardedColumns
@@ -64,6 +71,19 @@ class Problem:
     lower: FloatArray
     upper: FloatArray
     seed: int
+    pull: Pull | None = None
+    device: Device = "cpu"
+
+    def objective(self, value: float, weights: FloatArray) -> float:
+        """The transport value of weights float64 [K], with the pull where there is one."""
+        return value if self.pull is None else value + self.pull.value(weights)
+
+    def objective_cuts(self, cuts: Cuts, weights: FloatArray) -> Cuts:
+        """Cuts of the objective over q, tight near some weights float64 [K], of transport cuts."""
+        if self.pull is not None:
+            tangents = (weights[None], self.pull.natural[None])
+            cuts = stacked(*(self.pull.joined(cuts, at) for at in tangents))
+        return Cuts(cuts.slopes @ self.groups, cuts.constants)
 
 
 @dataclass(frozen=True)
@@ -94,7 +114,8 @@ class Certified:
         estimate: of the value over all rows.
         potentials: g of every cut, float64 [J, m].
         sums: of every cut over all rows.
-        lower_bound: of the value over all rows and all allowed mixtures.
+        lower_bound: of the transport over all rows and all allowed mixtures.
+        objective_bound: the same of the transport with the pull.
         size: rows of each source in the solved sample.
         stopped: why the sample grew no further.
         trace: size, bound and estimate of every sample.
@@ -107,6 +128,7 @@ class Certified:
     potentials: FloatArray
     sums: CutSums
     lower_bound: float
+    objective_bound: float
     size: int
     stopped: Stopped
     trace: list[dict[str, float]]
@@ -133,6 +155,27 @@ def first_draws(problem: Problem, size: int) -> list[Rows]:
     return draws_of(lowest, size)
 
 
+def first_size(rows_per_source: int, n_sources: int) -> int:
+    """Rows of each source in the first sample: what is asked for, or fewer of many sources."""
+    return min(rows_per_source, max(2, _FIRST_ROWS // n_sources))
+
+
+def rows_in_memory(n_sources: int, n_targets: int) -> int:
+    """Rows of each source in the largest sample whose costs are kept in memory.
+
+    Raises:
+        ValueError: two rows of each source are too many.
+    """
+    most = _SAMPLE_ENTRIES // (n_sources * n_targets)
+    if most < 2:
+        raise ValueError(
+            f"{n_sources:,} sources and {n_targets:,} target points: two rows of each source make "
+            f"a cost matrix above {_SAMPLE_ENTRIES:,} entries; merge sources, or lower "
+            f"mixture.target_rows to {_SAMPLE_ENTRIES // (2 * n_sources):,}"
+        )
+    return most
+
+
 def certified_mixture(
     problem: Problem,
     rows_per_source: int,
@@ -152,11 +195,10 @@ def certified_mixture(
     Raises:
         StageError: a source has no rows, or decisions are of other rows.
         TransportNotSolved: a solver stopped early.
-        ValueError: the bounds are infeasible.
+        ValueError: the bounds are infeasible, or there are too many sources.
     """
-    in_memory = max(2, _SAMPLE_ENTRIES // (len(problem.sources) * len(problem.b)))
-    limit = min(max_rows_per_source, in_memory)
-    size = min(rows_per_source, limit)
+    limit = min(max_rows_per_source, rows_in_memory(len(problem.sources), len(problem.b)))
+    size = min(first_size(rows_per_source, len(problem.sources)), limit)
     known: FloatArray | None = None
     trace: list[dict[str, float]] = []
     while True:
@@ -171,26 +213,31 @@ def certified_mixture(
             bundle_tolerance,
             known=known,
             groups=problem.groups,
+            pull=problem.pull,
         )
         estimate = estimated_value(problem, draws, bundle.weights, bundle.potentials[-1])
         # A mean of potentials is one with less noise than each: the dual value is concave in it.
         potentials = np.vstack([bundle.potentials, estimate.potentials.mean(axis=0)])
         sums = sums_over_all_rows(problem, potentials)
         cuts = full_cuts(sums, potentials, problem.b)
-        grouped = Cuts(cuts.slopes @ problem.groups, cuts.constants)
-        bound, _ = lowest_point(grouped, problem.lower, problem.upper)
-        trace.append({"rows_per_source": size, "lower_bound": bound, "estimate": estimate.value})
+        objective = problem.objective_cuts(cuts, bundle.weights)
+        bound, _ = lowest_point(objective, problem.lower, problem.upper)
+        value = problem.objective(estimate.value, bundle.weights)
+        trace.append({"rows_per_source": size, "lower_bound": bound, "estimate": value})
         stopped: Stopped | None = None
-        if relative_gap(estimate.value, bound) <= tolerance:
+        if relative_gap(value, bound) <= tolerance:
             stopped = "tolerance"
         elif size >= int(sums.count.max()):
             stopped = "all rows"
         elif size >= limit:
             stopped = "max_rows_per_source" if limit == max_rows_per_source else "memory"
         if stopped is not None:
+            grouped = Cuts(cuts.slopes @ problem.groups, cuts.constants)
+            least, _ = lowest_point(grouped, problem.lower, problem.upper)
             return Certified(
-                bundle, rows, draws[1:], estimate, potentials, sums, bound, size, stopped, trace
-            )
+                bundle, rows, draws[1:], estimate, potentials, sums, least, bound, size, stopped,
+                trace,
+            )  # fmt: skip
         known = potentials
         size = min(size * _GROWTH, limit)
 
@@ -250,7 +297,7 @@ def sums_over_all_rows(problem: Problem, potentials: FloatArray) -> CutSums:
     """The potentials' c-transforms over every kept row, one task a shard."""
     fn = partial(
         _shard_sums, sources=problem.sources, y=problem.y, space=problem.space,
-        potentials=potentials,
+        potentials=potentials, device=problem.device,
     )  # fmt: skip
     names = ("id", "embedding")
     total: CutSums = problem.columns.map(names, fn, CutSums.__add__, beside=problem.decisions)
@@ -275,11 +322,13 @@ def _shard_sums(
     y: FloatArray,
     space: Space,
     potentials: FloatArray,
+    device: Device,
 ) -> CutSums:
     vectors, source = _in_space(table, decisions, sources, y, space)
     return cut_sums(
-        vectors, source, y, potentials, space.metric, len(sources), penalty=space.penalty
-    )
+        vectors, source, y, potentials, space.metric, len(sources), penalty=space.penalty,
+        device=device,
+    )  # fmt: skip
 
 
 def _shard_neighbours(

@@ -75,6 +75,27 @@ def lowest_point(
         ValueError: infeasible bounds.
         TransportNotSolved: the LP solver failed.
     """
+    bound, point, _ = lowest_blend(cuts, lower, upper)
+    return bound, point
+
+
+def lowest_blend(
+    cuts: Cuts, lower: npt.ArrayLike, upper: npt.ArrayLike
+) -> tuple[float, FloatArray, FloatArray]:
+    r"""As `lowest_point`, with the blend of cuts that proves the bound.
+
+    .. math:: c = M^\top \lambda, \qquad c \cdot p \le \max_j (M p)_j
+              \;\text{for all}\; p, \qquad \mathrm{LB} = \min_p c \cdot p
+
+    Source: LP duality.
+
+    Returns:
+        The bound, the minimiser float64 [K], and c float64 [K].
+
+    Raises:
+        ValueError: infeasible bounds.
+        TransportNotSolved: the LP solver failed.
+    """
     low, high = checked_bounds(lower, upper)
     values = cuts.vertex_values()
     n_cuts, n_sources = values.shape
@@ -94,4 +115,5 @@ def lowest_point(
     multipliers = np.maximum(-np.asarray(answer.ineqlin.marginals, dtype=np.float64), 0.0)
     blended = multipliers @ values / multipliers.sum()
     bound = float(blended @ least_dot(blended, low, high))
-    return bound, nearest_mixture(np.asarray(answer.x[:n_sources], dtype=np.float64), low, high)
+    point = nearest_mixture(np.asarray(answer.x[:n_sources], dtype=np.float64), low, high)
+    return bound, point, blended

@@ -59,20 +59,21 @@ class Debiased:
 
 
 def halves(vectors: FloatArray, source: IntArray, n_sources: int) -> tuple[Half, Half]:
-    """Every other row of each source.
+    """Every other row of each source; a source of one row is that row, and is in both halves.
 
     Raises:
-        ValueError: a source has fewer than two rows.
+        ValueError: a source has no rows.
     """
+    members, rows = source_counts(source, n_sources)
     order = np.argsort(source, kind="stable")
     ranks = np.empty(len(source), dtype=np.int64)
     ranks[order] = np.arange(len(source)) - np.searchsorted(source[order], source[order])
     found = []
     for side in (0, 1):
-        mine = ranks % 2 == side
+        mine = (ranks % 2 == side) | (rows[members] == 1)
         of, counts = source_counts(source[mine], n_sources)
         for number in np.flatnonzero(counts == 0):
-            raise ValueError(f"source {number} has one row: halves need two")
+            raise ValueError(f"source {number} has no rows")
         found.append(Half(vectors[mine], of, counts))
     return found[0], found[1]
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 from scipy.linalg import helmert
-from scipy.optimize import minimize
 
 from stages.mixture.cost import Metric, checked_rows, cost_matrix
 from stages.mixture.simplex import (
@@ -28,21 +27,28 @@ from stages.mixture.simplex import (
 from stages.mixture.transport import TransportNotSolved
 
 _GAP = 1e-8
+_AIM = 1e-12
+_STEPS = 20_000
+_CHECKED_EVERY = 50
 _TILE = 1024
+_FEWEST = 4
+"""Rows from which a source's rows are dealt into blocks: fewer stay together in all samples."""
 
 
 @dataclass(frozen=True)
 class EnergySums:
     """Sums of costs between blocks of rows and of targets, from which means without a block follow.
 
-    Rows are dealt into G blocks within each source, and targets into G blocks.
+    Rows are dealt into G blocks within each source, and targets into G blocks. The rows of a source
+    of fewer than four stay together in one more block, which is never left out.
 
     Attributes:
-        counts: rows of each source and block, int64 [K, G].
+        counts: rows of each source and block, int64 [K, G + 1].
         squares: sum of b_j^2 of each target block, float64 [G].
         mass: sum of b_j of each target block, float64 [G].
-        to_target: sum of b_j c(x, y_j), float64 [K, G, G].
-        between: sum of c(x, x'), float64 [K, G, K, G].
+        to_target: sum of b_j c(x, y_j), float64 [K, G + 1, G].
+        between: sum of c(x, x'), x in a block and x' in any, float64 [G + 1, K, K].
+        inside: the same with x and x' in one block, float64 [G + 1, K, K].
         within: sum of b_i b_j c(y_i, y_j), float64 [G, G].
     """
 
@@ -51,12 +57,14 @@ class EnergySums:
     mass: FloatArray
     to_target: FloatArray
     between: FloatArray
+    inside: FloatArray
     within: FloatArray
 
     def statistics(self, without: int | None = None) -> tuple[FloatArray, FloatArray, float]:
         """Mean costs D_k = E c(x_k, y), E_kl = E c(x_k, x_l'), S = E c(y, y') over pairs.
 
-        A row is never paired with itself: E_kk divides by n_k (n_k - 1), S by 1 - sum_j b_j^2.
+        A row is never paired with itself: E_kk divides by n_k (n_k - 1), S by 1 - sum_j b_j^2. A
+        source of one row, or a target of one point, is that point: its spread is 0.
         Source: U-statistics of the energy distance (Szekely and Rizzo 2013, Energy statistics).
 
         Args:
@@ -66,23 +74,27 @@ class EnergySums:
             D float64 [K], E float64 [K, K], S.
 
         Raises:
-            ValueError: a source has fewer than two rows, or the target fewer than two atoms with
-                mass.
+            ValueError: a source has no rows, or the target no mass.
         """
-        blocks = [g for g in range(len(self.mass)) if g != without]
-        counts = self.counts[:, blocks].sum(axis=1)
-        if counts.min() < 2:
-            few = int(np.argmin(counts))
-            raise ValueError(f"source {few} has {counts[few]} rows: pairs need two")
-        mass, squares = self.mass[blocks].sum(), self.squares[blocks].sum()
-        if mass <= 0 or squares >= mass**2 * (1 - 1e-12):
-            raise ValueError("the target has one atom with mass: pairs need two")
-        to_target = self.to_target[:, blocks][:, :, blocks].sum(axis=(1, 2)) / (counts * mass)
-        between = self.between[:, blocks][:, :, :, blocks].sum(axis=(1, 3))
+        kept = [g for g in range(self.counts.shape[1]) if g != without]
+        points = [g for g in range(len(self.mass)) if g != without]
+        counts = self.counts[:, kept].sum(axis=1)
+        if counts.min() < 1:
+            raise ValueError(f"source {int(np.argmin(counts))} has no rows")
+        mass, squares = self.mass[points].sum(), self.squares[points].sum()
+        if mass <= 0:
+            raise ValueError("the target has no mass")
+        to_target = self.to_target[:, kept][:, :, points].sum(axis=(1, 2)) / (counts * mass)
+        between = self.between.sum(axis=0)
+        if without is not None:
+            left = self.between[without]
+            between -= left + left.T - self.inside[without]
         # The cost of a row to itself is 0, so leaving it out only changes the divisor.
-        pairs = np.outer(counts, counts) - np.diag(counts)
-        within = self.within[np.ix_(blocks, blocks)].sum() / (mass**2 - squares)
-        return to_target, between / pairs, float(within)
+        pairs = np.outer(counts, counts) - np.diag(np.where(counts > 1, counts, 0))
+        others = mass**2 - squares
+        within = self.within[np.ix_(points, points)].sum()
+        spread = float(within / others) if others > 1e-12 * mass**2 else 0.0
+        return to_target, between / pairs, spread
 
 
 def energy_sums(
@@ -96,6 +108,7 @@ def energy_sums(
 ) -> EnergySums:
     """Sums of costs over all pairs, by source and block.
 
+    Memory is 16 K^2 (G + 1) bytes, and 8 K (G + 1) for each of 1,024 rows at a time.
     Source: definition of the pairs' means.
 
     Args:
@@ -112,27 +125,36 @@ def energy_sums(
     """
     rows, points = checked_rows(x, "x", metric), checked_rows(y, "y", metric)
     target = distribution(b, "b")
-    members, _ = source_counts(source, n_sources)
+    members, counts = source_counts(source, n_sources)
     order = np.argsort(members, kind="stable")
-    block = np.empty(len(members), dtype=np.int64)
-    block[order] = np.arange(len(members)) - np.searchsorted(members[order], members[order])
-    label = members * blocks + block % blocks
+    rank = np.empty(len(members), dtype=np.int64)
+    rank[order] = np.arange(len(members)) - np.searchsorted(members[order], members[order])
+    block = np.where(counts[members] < _FEWEST, blocks, rank % blocks)
     deal = np.arange(len(points)) % blocks
-    cells = n_sources * blocks
+    parts = blocks + 1
+    label = block * n_sources + members
+    cells = parts * n_sources
     in_cell, in_deal = of_source(label, cells), of_source(deal, blocks)
-    to_target, between = np.zeros((cells, blocks)), np.zeros((cells, cells))
+    to_target = np.zeros((cells, blocks))
+    between, inside = np.zeros((cells, n_sources)), np.zeros((parts, n_sources, n_sources))
     for start in range(0, len(rows), _TILE):
         tile = rows[start : start + _TILE]
         mine = of_source(label[start : start + _TILE], cells)
         to_target += mine @ (in_deal @ (cost_matrix(tile, points, metric) * target).T).T
-        between += mine @ (in_cell @ cost_matrix(tile, rows, metric).T).T
+        # Of each row of the tile, its cost to every cell: [G + 1, K, tile].
+        costs = (in_cell @ cost_matrix(tile, rows, metric).T).reshape(parts, n_sources, len(tile))
+        between += mine @ costs.sum(axis=0).T
+        for part in range(parts):
+            here = mine[part * n_sources : (part + 1) * n_sources]
+            inside[part] += here @ costs[part].T
     own = cost_matrix(points, points, metric) * np.outer(target, target)
     return EnergySums(
-        np.bincount(label, minlength=cells).reshape(n_sources, blocks),
+        np.bincount(label, minlength=cells).reshape(parts, n_sources).T,
         np.asarray(np.bincount(deal, weights=target**2, minlength=blocks), np.float64),
         np.asarray(np.bincount(deal, weights=target, minlength=blocks), np.float64),
-        to_target.reshape(n_sources, blocks, blocks),
-        between.reshape(n_sources, blocks, n_sources, blocks),
+        to_target.reshape(parts, n_sources, blocks).swapaxes(0, 1),
+        between.reshape(parts, n_sources, n_sources),
+        inside,
         np.asarray((in_deal @ (in_deal @ own).T).T),
     )
 
@@ -176,35 +198,64 @@ def energy_mixture(
     start = nearest_mixture(np.full(low.size, 1.0 / low.size), low, high)
     basis = np.asarray(helmert(low.size), dtype=np.float64).T
     curvature, directions = np.linalg.eigh(-basis.T @ between @ basis / size)
-    root = np.sqrt(np.maximum(curvature, 0.0))[:, None] * (basis @ directions).T
-    slope = 2.0 * (to_target - between @ start) / size
-
-    def gradient(p: FloatArray) -> FloatArray:
-        return np.asarray(slope + 2.0 * root.T @ (root @ (p - start)), dtype=np.float64)
-
-    def objective(p: FloatArray) -> float:
-        step = p - start
-        return float(slope @ step + np.sum((root @ step) ** 2))
-
-    answer = minimize(
-        objective,
-        start,
-        jac=gradient,
-        method="SLSQP",
-        bounds=list(zip(low, high, strict=True)),
-        constraints={
-            "type": "eq",
-            "fun": lambda p: p.sum() - 1.0,
-            "jac": lambda p: np.ones_like(p),
-        },
-        options={"ftol": 1e-16, "maxiter": 1000},
-    )
-    p = nearest_mixture(np.asarray(answer.x, dtype=np.float64), low, high)
-    # Frank-Wolfe gap: it bounds objective(p) - min for a convex objective, whatever SLSQP reports.
-    gap = float(gradient(p) @ (p - least_dot(gradient(p), low, high)))
+    bent = curvature > 0
+    root = np.sqrt(curvature[bent])[:, None] * (basis @ directions[:, bent]).T
+    steepest = 2.0 * float(curvature[-1])
+    problem = _Quadratic(start, 2.0 * (to_target - between @ start) / size, root, steepest)
+    p = _least_by_projected_gradient(problem, low, high)
+    gap = problem.gap(p, low, high)
     if not gap <= _GAP:
-        raise TransportNotSolved(f"energy mixture: optimality gap {gap:.2g}, {answer.message}")
+        raise TransportNotSolved(f"energy mixture of {low.size} sources: optimality gap {gap:.2g}")
     return Mixture(p, float(2.0 * p @ to_target - p @ between @ p) - within)
+
+
+@dataclass(frozen=True)
+class _Quadratic:
+    r"""A convex quadratic, :math:`s \cdot (p - p_0) + |R (p - p_0)|^2`, of curvature up to L."""
+
+    start: FloatArray
+    slope: FloatArray
+    root: FloatArray
+    steepest: float
+
+    def value(self, p: FloatArray) -> float:
+        step = p - self.start
+        return float(self.slope @ step + np.sum((self.root @ step) ** 2))
+
+    def gradient(self, p: FloatArray) -> FloatArray:
+        return np.asarray(
+            self.slope + 2.0 * self.root.T @ (self.root @ (p - self.start)), dtype=np.float64
+        )
+
+    def gap(self, p: FloatArray, low: FloatArray, high: FloatArray) -> float:
+        """Frank-Wolfe gap: it bounds value(p) - min, whatever a solver reports."""
+        gradient = self.gradient(p)
+        return float(gradient @ (p - least_dot(gradient, low, high)))
+
+
+def _least_by_projected_gradient(
+    problem: _Quadratic, low: FloatArray, high: FloatArray
+) -> FloatArray:
+    r"""Accelerated projected gradient, begun again where its momentum turns uphill.
+
+    .. math:: p_{t+1} = \mathrm{proj}\bigl(z_t - \tfrac1L \nabla f(z_t)\bigr), \qquad
+              z_{t+1} = p_{t+1} + \beta_t (p_{t+1} - p_t)
+
+    Source: Beck and Teboulle 2009; restarts of O'Donoghue and Candes 2015.
+    """
+    rate = 1.0 / max(problem.steepest, 1e-12)
+    p = ahead = problem.start
+    momentum = 1.0
+    for step in range(_STEPS):
+        if step % _CHECKED_EVERY == 0 and problem.gap(p, low, high) <= _AIM:
+            break
+        new = nearest_mixture(ahead - rate * problem.gradient(ahead), low, high)
+        if (ahead - new) @ (new - p) > 0:
+            momentum = 1.0
+        following = (1.0 + (1.0 + 4.0 * momentum**2) ** 0.5) / 2.0
+        ahead = new + (momentum - 1.0) / following * (new - p)
+        p, momentum = new, following
+    return p
 
 
 def energy_ranges(

@@ -43,7 +43,7 @@ def weight_curves(
     names: list[str] = []
     places: list[float] = []
     bounds: list[float] = []
-    for number in sorted(np.argsort(-weights, kind="stable")[:_SOURCES].tolist()):
+    for number in _drawn(weights):
         low = max(lower[number], 1 - (upper.sum() - upper[number]))
         high = min(upper[number], 1 - (lower.sum() - lower[number]))
         if high - low <= 10 * ROUNDING:
@@ -64,8 +64,19 @@ def weight_curves(
     )
 
 
+def _drawn(weights: FloatArray) -> list[int]:
+    """The sources of largest weight, as many as are drawn, in their own order."""
+    largest: list[int] = np.argsort(-weights, kind="stable")[:_SOURCES].tolist()
+    return sorted(largest)
+
+
 def map_table(
-    vectors: FloatArray, source: IntArray, sources: Sequence[str], y: FloatArray, b: FloatArray
+    vectors: FloatArray,
+    source: IntArray,
+    sources: Sequence[str],
+    weights: FloatArray,
+    y: FloatArray,
+    b: FloatArray,
 ) -> pa.Table:
     """Rows and targets on their two principal directions; at most 60 rows a source, 200 targets.
 
@@ -73,13 +84,14 @@ def map_table(
         vectors: a sample of rows, float64 [n, d], the first of each source taken.
         source: number of each row's source, int64 [n].
         sources: K names.
+        weights: float64 [K], which choose the sources where there are more than 12.
         y: target points, float64 [m, d].
         b: their mass, float64 [m].
 
     Returns:
         Columns source (null: a target), x, y.
     """
-    rows = np.concatenate([np.flatnonzero(source == k)[:_ROWS] for k in range(len(sources))])
+    rows = np.concatenate([np.flatnonzero(source == k)[:_ROWS] for k in _drawn(weights)])
     points = np.unique(np.linspace(0, len(y) - 1, min(len(y), _TARGETS)).astype(np.int64))
     directions = min(2, y.shape[1])
     projection = principal_projection(vectors[rows], y, b, directions)

@@ -15,6 +15,9 @@ from stages.rows import key_hash
 
 FloatArray = NDArray[np.float64]
 
+_LISTED = 20
+"""Sources whose amounts an error names one by one."""
+
 
 @dataclass(frozen=True)
 class TargetCloud:
@@ -131,11 +134,18 @@ def weight_bounds(
     if sum(upper) < 1 - 1e-9 or sum(lower) > 1 + 1e-9:
         side = f"caps allow only {sum(upper):.3f}" if sum(upper) < 1 else "floors exceed 1"
         raise StageError(
-            f"no mixture meets the bounds: {side} of the whole; available "
-            f"{dict(available)}, budget {budget}; lower the budget, or raise caps or repeats",
+            f"no mixture meets the bounds: {side} of the whole; available {_listed(available)}, "
+            f"budget {budget}; lower the budget, or raise caps or repeats",
             stage="mixture",
         )
     return np.array(lower), np.array(upper)
+
+
+def _listed(available: Mapping[str, float]) -> str:
+    """Amounts by source, or their sum where there are many."""
+    if len(available) <= _LISTED:
+        return ", ".join(f"{name}: {amount:g}" for name, amount in available.items())
+    return f"{sum(available.values()):g} in {len(available):,} sources"
 
 
 def _iter(targets: ShardedColumns) -> list[pa.Table]:

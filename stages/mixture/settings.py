@@ -60,6 +60,13 @@ class MixtureSettings(Settings):
         default_factory=dict,
         description="Largest weight of a source, beside what its rows and the budget allow.",
     )
+    kl: float = Field(
+        default=0.0,
+        ge=0,
+        description="Adds this times the KL divergence of the weights from the natural mixture "
+        "(what there is of each source) to the transport. Needs `method: transport`; not with "
+        "`keep`.",
+    )
     keep: dict[str, Share] = Field(
         default_factory=dict,
         description="Weights of an earlier mixture: these sources keep their proportions, the rest "
@@ -87,6 +94,10 @@ class MixtureSettings(Settings):
     def _fields_agree(self) -> Self:
         if self.keep and self.method != "transport":
             raise ValueError(f"keep needs method: transport, not {self.method}")
+        if self.kl and self.method != "transport":
+            raise ValueError(f"kl needs method: transport, not {self.method}")
+        if self.kl and self.keep:
+            raise ValueError("kl and keep pull to different mixtures: give one of them")
         if self.keep and not any(self.keep.values()):
             raise ValueError("keep gives no source a weight above 0")
         if bool(self.serves) != bool(self.task_cost):

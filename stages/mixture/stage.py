@@ -6,7 +6,7 @@ bound that no weights can go below is proven (`certified`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -22,15 +22,19 @@ from stages.mixture.certified import (
     certified_mixture,
     estimated_value,
     first_draws,
+    first_size,
     nearest_over_all_rows,
     relative_gap,
+    rows_in_memory,
 )
-from stages.mixture.cuts import Cuts, lowest_point
+from stages.mixture.cuts import lowest_point
 from stages.mixture.debiased import debiased_mixture, halves
 from stages.mixture.energy import EnergySums, energy_mixture, energy_ranges, energy_sums
 from stages.mixture.figures import map_table, weight_curves
+from stages.mixture.on_device import Device
 from stages.mixture.problem import TargetCloud, target_cloud, weight_bounds
-from stages.mixture.sample import Rows
+from stages.mixture.pull import Pull
+from stages.mixture.sample import Rows, lowest_rows
 from stages.mixture.settings import MixtureSettings
 from stages.mixture.simplex import FloatArray, nearest_mixture
 from stages.mixture.space import Projection, Space, principal_projection, task_penalty
@@ -47,13 +51,22 @@ from stages.storage import Store
 _ENERGY_ROWS = 6400
 """Rows in the energy distance's sample, whose pairs are all taken."""
 
-_ENERGY_SOURCES = 200
-"""Sources up to which the energy mixture is solved: its quadratic programme is dense."""
+_LEAST_ENERGY_ROWS = 8
+"""Rows of each source in it, however many sources there are."""
+
+_ENERGY_SOURCES = 2500
+"""Sources up to which the energy mixture is solved: its means are a matrix for each block."""
+
+_FEW_SOURCES = 200
+"""Sources up to which the debiased mixture is solved, and energy set beside other methods."""
 
 _HALF_ROWS = 2000
 """Rows in each half of a debiased problem, which are transported onto each other."""
 
 _BLOCKS = 8
+_BLOCKS_OF_MANY = 4
+"""Blocks of the energy distance's rows where there are more than 1,000 sources."""
+
 _OUTSIDE = 0.02
 """How far from the energy mixture's range a weight is when it counts as outside."""
 
@@ -88,13 +101,16 @@ class MixtureStage:
     r"""Weights of sources, by :math:`\mathrm{OT}(\sum_k p_k \mu_k, \nu)` or another measure."""
 
     name = "mixture"
-    version = 2
+    version = 3
 
-    def __init__(self, settings: MixtureSettings, supply: Supply, seed: int) -> None:
-        """Keep the settings, what may be emitted, and the seed."""
+    def __init__(
+        self, settings: MixtureSettings, supply: Supply, seed: int, device: Device = "cpu"
+    ) -> None:
+        """Keep the settings, what may be emitted, the seed, and where passes take costs."""
         self.settings = settings
         self._supply = supply
         self._seed = seed
+        self._device = device
 
     def columns(self) -> Columns:
         """Ids and vectors; the decisions are read from selection."""
@@ -130,8 +146,12 @@ class MixtureStage:
             anchored,
         )
         self._check_names(sources, cloud)
+        self._check_size(len(sources), len(cloud.mass))
         try:
             problem, projection = self._problem(columns, decisions, sources, cloud, lower, upper)
+            if self.settings.kl:
+                natural = _natural_mixture(sources, pool, lower)
+                problem = replace(problem, pull=Pull(self.settings.kl, natural))
             report, figures = self._solved(problem, lower, upper, available, anchored)
         except (TransportNotSolved, ValueError) as error:
             raise StageError(f"the mixture can't be solved: {error}", stage=self.name) from error
@@ -164,6 +184,22 @@ class MixtureStage:
                 stage=self.name,
             )
 
+    def _check_size(self, n_sources: int, n_targets: int) -> None:
+        """The method asked for can do with so many sources."""
+        limits = {"energy": _ENERGY_SOURCES, "debiased": _FEW_SOURCES}
+        most = limits.get(self.settings.method)
+        if most is not None and n_sources > most:
+            other = "energy or transport" if n_sources <= _ENERGY_SOURCES else "transport"
+            raise StageError(
+                f"method: {self.settings.method} takes at most {most:,} sources, and there are "
+                f"{n_sources:,}; set method: {other}, or merge sources",
+                stage=self.name,
+            )
+        try:
+            rows_in_memory(n_sources, n_targets)
+        except ValueError as error:
+            raise StageError(str(error), stage=self.name) from error
+
     def _problem(
         self,
         columns: ShardedColumns,
@@ -189,10 +225,12 @@ class MixtureStage:
             lower,
             upper,
             self._seed,
+            device=self._device,
         )
         if settings.pca is None:
             return problem, None
-        sample = first_draws(problem, settings.rows_per_source)[0]
+        size = first_size(settings.rows_per_source, len(sources))
+        sample = first_draws(problem, size)[0]
         projection = principal_projection(sample.vectors, cloud.vectors, cloud.mass, settings.pca)
         space = Space(settings.metric, projection, penalty)
         return replace(problem, space=space, y=space.vectors(cloud.vectors)), projection
@@ -215,11 +253,11 @@ class MixtureStage:
             settings.bundle_tolerance,
         )
         cuts = certified.cuts(problem.b)
-        grouped = Cuts(cuts.slopes @ problem.groups, cuts.constants)
         near = problem.groups @ near_optimal_ranges(
-            grouped, problem.lower, problem.upper, settings.range_slack
-        )
-        energy = self._energy_sums(problem, certified.sample)
+            problem.objective_cuts(cuts, certified.bundle.weights),
+            problem.lower, problem.upper, settings.range_slack,
+        )  # fmt: skip
+        energy = self._energy_sums(problem)
         by_energy = energy_near = None
         if energy is not None:
             penalty = _mean_penalty(problem)
@@ -269,6 +307,16 @@ class MixtureStage:
             "trace": certified.trace,
             **chosen.notes,
         }
+        if problem.pull is not None:
+            objective = problem.objective(estimate.value, chosen.weights)
+            report |= {
+                "kl": settings.kl,
+                "divergence": problem.pull.divergence(chosen.weights),
+                "objective_estimate": objective,
+                "objective_lower_bound": certified.objective_bound,
+                "objective_gap": relative_gap(objective, certified.objective_bound),
+            }
+            report["certified"] = bool(report["objective_gap"] <= settings.tolerance)
         if energy is not None and by_energy is not None:
             report |= _shrinkage(energy, certified.bundle.weights, by_energy, energy_near)
         if settings.keep:
@@ -278,7 +326,9 @@ class MixtureStage:
         curves = weight_curves(cuts, problem.sources, certified.bundle.weights, lower, upper)
         sample = certified.sample
         vectors = problem.space.vectors(sample.vectors)
-        points = map_table(vectors, sample.source, problem.sources, problem.y, problem.b)
+        points = map_table(
+            vectors, sample.source, problem.sources, chosen.weights, problem.y, problem.b
+        )
         return report, {"curves.parquet": curves, "map.parquet": points}
 
     def _chosen(
@@ -297,12 +347,7 @@ class MixtureStage:
         settings = self.settings
         if settings.method == "transport":
             return Chosen(certified.bundle.weights, near, {})
-        if settings.method == "energy":
-            if by_energy is None:
-                raise ValueError(
-                    "method: energy needs two rows of each source, two different target points and "
-                    f"at most {_ENERGY_SOURCES} sources; set method: transport"
-                )
+        if settings.method == "energy" and by_energy is not None:
             return Chosen(by_energy, energy_near, {})
         if settings.method == "debiased":
             return self._debiased(problem, certified, by_energy, lower, upper)
@@ -366,15 +411,18 @@ class MixtureStage:
         ranges = np.column_stack([weights.min(axis=0), weights.max(axis=0)])
         return Chosen(weights.mean(axis=0), ranges, {"debiased_samples": len(found)})
 
-    def _energy_sums(self, problem: Problem, sample: Rows) -> EnergySums | None:
-        """Sums over the sample; None where it or the targets are too few for pairs."""
+    def _energy_sums(self, problem: Problem) -> EnergySums | None:
+        """Sums over a sample; None beside another method where there are many sources."""
         n_sources = len(problem.sources)
-        most = max(2, _ENERGY_ROWS // n_sources)
-        rows = _first_of_each(sample, most, n_sources)
-        fewest = int(np.bincount(rows.source, minlength=n_sources).min())
-        if n_sources > _ENERGY_SOURCES or fewest < 2 or len(problem.b) < 2:
+        if n_sources > _FEW_SOURCES and self.settings.method != "energy":
             return None
-        blocks = _BLOCKS if min(fewest, len(problem.b)) >= 4 else 1
+        most = max(_LEAST_ENERGY_ROWS, _ENERGY_ROWS // n_sources)
+        rows = lowest_rows(
+            problem.columns, problem.decisions, problem.sources, most, problem.seed
+        ).rows
+        blocks = _BLOCKS if n_sources <= 1000 else _BLOCKS_OF_MANY
+        if len(problem.b) < 4:
+            blocks = 1
         return energy_sums(
             problem.space.vectors(rows.vectors),
             rows.source,
@@ -402,6 +450,28 @@ class _Shares:
             for name, value in zip(self.sources, values, strict=True)
             if name not in self.anchors
         }
+
+
+def _natural_mixture(
+    sources: Sequence[str], pool: Mapping[str, float], lower: FloatArray
+) -> FloatArray:
+    r"""Shares of what there is, beside the anchors' fixed weights.
+
+    .. math:: p^0_k = (1 - \alpha) \frac{n_k}{\sum_{l \in \mathrm{pool}} n_l},
+              \qquad \alpha = \sum_{\mathrm{anchors}} p_k
+
+    Source: the natural mixture.
+
+    Args:
+        sources: K names.
+        pool: rows or tokens of every source that is no anchor, each above 0.
+        lower: least weights, those of anchors fixed, float64 [K].
+    """
+    free = np.array([name in pool for name in sources])
+    natural = lower.copy()
+    natural[free] = proportional_weights([pool[name] for name in sources if name in pool])
+    natural[free] *= 1 - lower[~free].sum()
+    return natural
 
 
 def _shrinkage(
