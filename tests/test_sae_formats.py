@@ -92,7 +92,8 @@ ARCHITECTURES = ["standard", "topk", "jumprelu", "gated"]
 
 def saelens_sae(architecture: str, **settings: Any) -> Any:
     """One of SAELens' own, with random weights."""
-    sae_lens = pytest.importorskip("sae_lens")
+    import sae_lens
+
     kinds = {
         "standard": (sae_lens.StandardSAE, sae_lens.StandardSAEConfig),
         "topk": (sae_lens.TopKSAE, sae_lens.TopKSAEConfig),
@@ -157,7 +158,8 @@ def test_saelens_top_k_by_decoder_norm_and_scale_together(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu", "gated"])
 def test_saelens_flat_configuration_of_before_6(architecture: str, tmp_path: Path) -> None:
-    sae_lens = pytest.importorskip("sae_lens")
+    import sae_lens
+
     saelens_sae(architecture).save_model(tmp_path)
     flat = {
         "architecture": "standard" if architecture == "topk" else architecture,
@@ -186,7 +188,6 @@ def test_saelens_flat_configuration_of_before_6(architecture: str, tmp_path: Pat
 def test_weights_of_a_batch_top_k_training_are_read_as_what_it_would_save(
     rescaled: bool, tmp_path: Path
 ) -> None:
-    pytest.importorskip("sae_lens")
     from sae_lens import SAE
     from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 
@@ -231,7 +232,8 @@ def test_saelens_settings_that_can_t_be_followed_are_refused(
 
 
 def sparsify_sae(folder: Path, **settings: Any) -> Any:
-    sparsify = pytest.importorskip("sparsify", reason="eai-sparsify isn't installed (extra `dev`)")
+    import sparsify
+
     config = sparsify.SparseCoderConfig(k=K, **settings)
     made = sparsify.SparseCoder(D, config)
     torch.manual_seed(1)
@@ -348,7 +350,7 @@ def test_gemma_scope_is_jump_relu_of_the_raw_input(
 def test_gemma_scope_equals_saelens_own_conversion(
     draw: Callable[..., Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sae_lens = pytest.importorskip("sae_lens")
+    import sae_lens
     from sae_lens.loading import pretrained_sae_loaders as loaders
 
     name = f"layer_{LAYER}/width_16k/average_l0_71"
@@ -524,7 +526,7 @@ def test_llama_scope_with_unit_decoder_equals_saelens_own_conversion(
     draw: Callable[..., Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only then: SAELens leaves the decoder's norms out. Its codes are s times ours."""
-    sae_lens = pytest.importorskip("sae_lens")
+    import sae_lens
     from sae_lens.loading import pretrained_sae_loaders as loaders
 
     weights, cfg = llama_scope(tmp_path / "x", draw)
@@ -711,7 +713,8 @@ def test_orientation_is_told_by_shape(write: Callable[..., None], tmp_path: Path
 
 
 def test_square_weights_are_read_as_the_format_documents_them(tmp_path: Path) -> None:
-    sparsify = pytest.importorskip("sparsify")
+    import sparsify
+
     oracle = sparsify.SparseCoder(D, sparsify.SparseCoderConfig(k=K, num_latents=D))
     for weight in oracle.parameters():
         weight.data.normal_()
@@ -724,7 +727,8 @@ def test_square_weights_are_read_as_the_format_documents_them(tmp_path: Path) ->
 def test_our_own_files_round_trip_and_open_in_saelens(
     architecture: str, normalisation: str, tmp_path: Path
 ) -> None:
-    sae_lens = pytest.importorskip("sae_lens")
+    import sae_lens
+
     saelens_sae(architecture, normalize_activations=normalisation).save_model(tmp_path / "theirs")
     sae = read(tmp_path / "theirs").sae
     (tmp_path / "ours").mkdir()
@@ -762,7 +766,6 @@ def test_jump_relu_keeps_no_latent_at_its_threshold() -> None:
 
 
 def test_batch_top_k_read_as_a_threshold_doesn_t_depend_on_the_batch(tmp_path: Path) -> None:
-    pytest.importorskip("sae_lens")
     from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 
     torch.manual_seed(0)

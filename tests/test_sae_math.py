@@ -55,7 +55,8 @@ def write(files: dict[str, bytes], directory: Path) -> None:
 def test_encode_decode_of_written_checkpoint_equals_sae_lens(
     architecture: Architecture, shape: tuple[int, ...], tmp_path: Path
 ) -> None:
-    sae_lens = pytest.importorskip("sae_lens")
+    import sae_lens
+
     sae, x = random_sae(architecture), random_input(*shape)
     write(sae_bytes(sae, {"model_name": "tiny", "hook_name": "model.layers.1"}), tmp_path)
     oracle = sae_lens.SAE.load_from_disk(tmp_path)
@@ -78,7 +79,8 @@ def test_encode_decode_of_written_checkpoint_equals_sae_lens(
 def test_reading_other_conventions_keeps_the_codes_of_sae_lens(
     architecture: Architecture, convention: str, tmp_path: Path
 ) -> None:
-    sae_lens = pytest.importorskip("sae_lens")
+    import sae_lens
+
     files = sae_bytes(random_sae(architecture), {})
     cfg = json.loads(files[CONFIG_FILE])
     files[CONFIG_FILE] = json.dumps(cfg | {convention: not cfg[convention]}).encode()
@@ -94,7 +96,6 @@ def test_reading_other_conventions_keeps_the_codes_of_sae_lens(
 
 
 def test_reading_checkpoint_of_sae_lens_training_keeps_its_codes(tmp_path: Path) -> None:
-    pytest.importorskip("sae_lens")
     from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 
     torch.manual_seed(0)
