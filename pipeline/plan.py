@@ -200,8 +200,8 @@ def _loads(job: Run, changes: Mapping[str, list[str]]) -> dict[str, list[Engine]
         if owner is None or _is_complete(job, name, changes):
             continue
         specs = [spec for spec in owner.engines().values() if spec.settings.endpoint is None]
-        asked: list[Engine] = [(spec.kind, spec.model, spec.settings) for spec in specs]
-        wanted = list(dict.fromkeys(asked))
+        keys: list[Engine] = [(spec.kind, spec.model, spec.settings) for spec in specs]
+        wanted = list(dict.fromkeys(keys))
         if wanted:
             found[name] = [engine for engine in wanted if engine not in there]
         there = wanted
