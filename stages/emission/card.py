@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from stages.emission.certificate import certificate_sentences, method_words
+from stages.emission.certificate import certificate_sentences, method_words, range_words
 from stages.emission.facts import Facts
 from stages.emission.shards import FOLDERS
 from stages.emission.splits import TRAIN, VALIDATION
@@ -245,8 +245,9 @@ def _mixture(facts: Facts) -> str:
         )
     head = ["source", "weight", "range", "cap", f"quota ({unit})", "emitted"]
     said = " ".join(certificate_sentences(facts.mixture))
+    spans = f" Ranges are {range_words(facts.mixture)}." if ranges else ""
     return (
-        f"Weights are shares of the {unit}, {method_words(facts.mixture)}.\n\n"
+        f"Weights are shares of the {unit}, {method_words(facts.mixture)}.{spans}\n\n"
         f"{_table(head, rows, left=1)}\n\n{said}"
     ).rstrip()
 

@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from stages.emission import plots
 from stages.emission.bars import Bar, Chart, bars_of
-from stages.emission.certificate import certificate_sentences, method_words
+from stages.emission.certificate import certificate_sentences, method_words, range_words
 from stages.emission.decisions import Decisions
 from stages.emission.examples import LOW_IS_HARD, Ranked, shown_examples
 from stages.emission.facts import Facts
@@ -127,6 +127,7 @@ def report_html(
         mixture_bars=_mixture_bars(facts),
         mixture_charts=mixture_charts,
         mixture_words=method_words(facts.mixture) if facts.mixture else "",
+        range_words=range_words(facts.mixture) if (facts.mixture or {}).get("ranges") else "",
         certificate=certificate_sentences(facts.mixture) if facts.mixture else [],
         difficulty=[
             (title, words, charts)

@@ -83,7 +83,7 @@ class EmissionStage:
     """
 
     name = "emission"
-    version = 5
+    version = 6
 
     def __init__(
         self,
