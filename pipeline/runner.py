@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.backend import Backend, FitTask, LocalBackend
 from pipeline.config import Config, changed_fields, recipe_yaml, run_store
@@ -39,6 +38,9 @@ from stages.rows import NOT_REQUESTED, OK
 from stages.rules import rule_columns, rule_mask
 from stages.sources.settings import Source
 from stages.storage import Store, parquet_bytes
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 _ROWS_ON_WORKERS = 200_000
 """Rows from which the mixture's pass over shards is worth workers: below, it takes seconds."""
@@ -586,7 +588,11 @@ class Run:
             backend = self._made_backend()
             # Without engines: a pool would keep the cores that tasks over shards are given.
             await backend.open({}, self.config.execution.engines)
-            columns = replace(columns, each=partial(backend.map, gpus=gpus))
+
+            def over_shards(fn: Callable[[T], R], tasks: Iterable[T], /) -> Iterable[R]:
+                return backend.map(fn, tasks, gpus=gpus)
+
+            columns = replace(columns, each=over_shards)
         before = self.flow.names[: self.flow.names.index(name)]
         stores = {earlier: self.store.child(folder_of(earlier)) for earlier in before}
         outcome = stage.decide(columns, self._targets(name), stores)

@@ -229,10 +229,10 @@ def test_projection_is_the_line_through_two_points(
     large, budget = small * factor, small * factor * more
     of_loss = Projection(small, large, budget, "loss")
     at = [np.array([alpha - beta * np.log(n)]) for n in (small, large, budget)]
-    assert of_loss.losses(at[0], at[1])[0] == pytest.approx(at[2][0], abs=1e-10)
+    assert of_loss.losses(at[0], at[1])[0] == pytest.approx(at[2][0], abs=1e-12)
     of_log = Projection(small, large, budget, "log_loss")
     powers = [np.exp(value) for value in at]
-    assert of_log.losses(powers[0], powers[1])[0] == pytest.approx(powers[2][0], rel=1e-10)
+    assert of_log.losses(powers[0], powers[1])[0] == pytest.approx(powers[2][0], rel=1e-12)
 
 
 def test_amplification_is_the_spread_of_projected_noise() -> None:

@@ -245,10 +245,9 @@ def _mixture(facts: Facts) -> str:
         )
     head = ["source", "weight", "range", "cap", f"quota ({unit})", "emitted"]
     said = " ".join(certificate_sentences(facts.mixture))
-    if ranges:
-        said = f"Ranges are {range_words(facts.mixture)}. {said}"
+    spans = f" Ranges are {range_words(facts.mixture)}." if ranges else ""
     return (
-        f"Weights are shares of the {unit}, {method_words(facts.mixture)}.\n\n"
+        f"Weights are shares of the {unit}, {method_words(facts.mixture)}.{spans}\n\n"
         f"{_table(head, rows, left=1)}\n\n{said}"
     ).rstrip()
 
