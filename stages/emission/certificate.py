@@ -24,13 +24,6 @@ _RANGES = {
 """What the ranges are of each method that gives them."""
 
 
-_RANGES = {
-    "transport": "weights that the certificate can't tell apart",
-    "debiased": "weights found on several samples",
-    "energy": "two standard errors to either side, within the bounds on weights",
-}
-
-
 def method_words(mixture: Mapping[str, Any]) -> str:
     """How the weights were chosen; goes on after a comma.
 
@@ -41,15 +34,6 @@ def method_words(mixture: Mapping[str, Any]) -> str:
     if mixture.get("kl"):
         words += f", with a pull of {mixture['kl']:g} towards what there is of each source"
     return words
-
-
-def range_words(mixture: Mapping[str, Any]) -> str:
-    """What the ranges of its weights are.
-
-    Args:
-        mixture: the report of the mixture stage.
-    """
-    return _RANGES[mixture.get("method", "transport")]
 
 
 def range_words(mixture: Mapping[str, Any]) -> str:

@@ -135,7 +135,7 @@ def report_html(
         mixture_bars=_mixture_bars(facts),
         mixture_charts=mixture_charts,
         mixture_words=method_words(facts.mixture) if facts.mixture else "",
-        range_words=range_words(facts.mixture) if (facts.mixture or {}).get("ranges") else "",
+        range_words=range_words(facts.mixture) if facts.mixture else "",
         certificate=certificate_sentences(facts.mixture) if facts.mixture else [],
         difficulty=[
             (title, words, charts)
