@@ -158,7 +158,7 @@ def _explainer(run: Store, config: Config, settings: ExplanationSettings) -> Exp
 
     assert config.features is not None
     assert config.dictionary is not None
-    layer = config.dictionary.layer if config.features.layer is None else config.features.layer
+    layer = config.dictionary.layer
     return Explainer(
         settings,
         config.features,

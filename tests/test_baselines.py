@@ -14,6 +14,7 @@ import torch
 from engine_fakes import FakeEmbedder
 from sharded import Tables
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from stages.baselines.artifact import read_targets
 from stages.baselines.bm25 import Bm25, WordCounts, word_counts, words_of
@@ -228,11 +229,18 @@ def test_hidden_score_is_the_cosine_of_mean_states(
 # Gradients.
 
 
-@pytest.fixture(scope="module")
-def tiny() -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def tiny(request: Any) -> Any:
+    """A random model; GPT-2 holds the weights of its linear layers transposed."""
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
+    if request.param == "gpt2":
+        gpt2 = GPT2Config(
+            vocab_size=50, n_embd=16, n_layer=2, n_head=4, n_inner=24, initializer_range=0.3,
+            bos_token_id=0, eos_token_id=0,
+        )  # fmt: skip
+        return GPT2LMHeadModel(gpt2).eval().requires_grad_(False)
     config = LlamaConfig(
         vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3,
@@ -253,10 +261,11 @@ def adapter_gradients(
     """Gradients of B in layers rebuilt as W x + B (A x), by autograd, B = 0."""
 
     class Adapter(nn.Module):
-        def __init__(self, layer: nn.Linear, a: torch.Tensor) -> None:
+        def __init__(self, layer: nn.Module, a: torch.Tensor) -> None:
             super().__init__()
             self.layer, self.a = layer, a
-            self.b = nn.Parameter(torch.zeros(layer.out_features, len(a)))
+            outputs = layer(torch.zeros(1, a.shape[1])).shape[-1]
+            self.b = nn.Parameter(torch.zeros(outputs, len(a)))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.layer(x) + (x @ self.a.T) @ self.b.T
@@ -265,7 +274,9 @@ def adapter_gradients(
 
     model = copy.deepcopy(model)
     decoder = model.get_decoder()
-    names = [name for name, module in decoder.named_modules() if isinstance(module, nn.Linear)]
+    names = [
+        name for name, module in decoder.named_modules() if isinstance(module, (nn.Linear, Conv1D))
+    ]
     adapters = []
     for name, layer in zip(names, gradients._layers, strict=True):
         parent, _, own = name.rpartition(".")
@@ -380,6 +391,17 @@ def test_scores_that_lack_something_say_what(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         Readers(BaselinesSettings(**chosen), embedding, MODELS, 0)
+
+
+def test_layer_that_the_student_lacks_is_refused_from_its_config() -> None:
+    def stage(**chosen: Any) -> BaselinesStage:
+        settings = BaselinesSettings(**chosen)
+        return BaselinesStage(settings, readers(settings), 0)
+
+    with pytest.raises(ConfigError, match=r"baselines\.layer: 30, and .* has 30 blocks"):
+        stage(scores=["hidden"], layer=30).check()
+    stage(scores=["hidden"], layer=29).check()
+    stage(scores=["random"]).check()
 
 
 def test_scores_need_no_model_they_do_not_use() -> None:

@@ -140,6 +140,28 @@ def test_reader_reads_states_after_concepts_as_before(
     np.testing.assert_array_equal(reader.activations([sequence], LAYER), before)
 
 
+@pytest.mark.parametrize("concepts_first", [False, True])
+def test_a_reader_gives_codes_and_concepts_of_one_autoencoder(
+    concepts_first: bool, reader: TransformersReader, tmp_path: Any
+) -> None:
+    """A recipe with features and concepts reads both from one model, in either order."""
+    store = Store(str(tmp_path))
+    for name, data in sae_bytes(random_sae("none"), {}).items():
+        store.write_bytes(name, data)
+    sequence = masked_sequence(cached_tokenizer(MODEL), TURNS, "both", 64)
+
+    def concepts() -> RowConcepts:
+        return reader.concepts([sequence], LAYER, store.url, ConceptsSettings())[0]
+
+    before = concepts() if concepts_first else None
+    codes = reader.pooled_codes([sequence], LAYER, store.url, "mean")
+    after = concepts()
+    assert codes.nnz
+    assert len(after.row_ids)
+    if before is not None:
+        np.testing.assert_array_equal(before.ids, after.ids)
+
+
 def test_slots_without_a_positive_value_are_masked() -> None:
     ids, scores = strongest(torch.tensor([[0.0, 3.0, -2.0, 1.0], [-1.0, 0.0, 0.0, -5.0]]), 6)
     assert ids.tolist() == [[1, 3, -1, -1, -1, -1], [-1] * 6]

@@ -9,6 +9,10 @@ import pytest
 from sharded import Tables
 from turn_tables import table
 
+from pipeline.config import read_config
+from stages.base import Checked
+from stages.concepts.settings import ConceptsSettings
+from stages.concepts.stage import ConceptsStage
 from stages.dictionary.settings import DictionarySettings
 from stages.dictionary.stage import DictionaryStage
 from stages.engines.local import LocalHandle
@@ -55,11 +59,33 @@ def test_training_reads_every_content_token_and_learns(fitted: Any, student_toke
     assert curve[-1] < 0.8 * curve[0]
 
 
-def test_fit_is_reproducible_to_the_byte_whatever_the_shards(fitted: Any) -> None:
-    reader, _, artifact, _, targets = fitted
+def test_fit_is_reproducible_to_the_byte(fitted: Any) -> None:
+    reader, _, artifact, rows, targets = fitted
     stage = DictionaryStage(SETTINGS, MODELS, seed=4)
-    again = asyncio.run(stage.fit(fitted[3], targets, {"student": reader}))
+    again = asyncio.run(stage.fit(rows, targets, {"student": reader}))
     assert dict(again.files) == dict(artifact.files)
+
+
+def test_fit_is_the_same_to_the_byte_whatever_the_shards() -> None:
+    """With fewer tokens kept than there are, so that which are drawn must not hang on shards.
+
+    Each row is over the budget and has a batch of its own, so that rounding tells of no batch.
+    """
+    reader = LocalHandle(
+        TransformersReader(MODELS["student"].model_copy(update={"batch_tokens": 8}))
+    )
+    stage = DictionaryStage(
+        SETTINGS.model_copy(update={"steps": 4, "tokens": 150, "rows": 9}), MODELS, seed=4
+    )
+    texts, none = table([*MATHS[:6], *CODE[:6]]), Tables(table(CODE[6:], ["code"] * 2), 10)
+    made = [
+        asyncio.run(stage.fit(Tables(texts, shard), none, {"student": reader}))
+        for shard in (1, 5, 12)
+    ]
+    assert made[0].report["tokens"] == 150
+    for other in made[1:]:
+        assert dict(other.files) == dict(made[0].files)
+        assert other.report == made[0].report
 
 
 def test_rows_are_nearer_to_the_task_that_they_resemble(fitted: Any, tmp_path: Any) -> None:
@@ -91,6 +117,57 @@ def test_what_the_student_cannot_give_is_refused_from_its_config(
     with pytest.raises(ConfigError, match=message):
         DictionaryStage(SETTINGS.model_copy(update=change), MODELS, 0).check()
     DictionaryStage(SETTINGS.model_copy(update={"layer": 29, "k": 1152}), MODELS, 0).check()
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSettings]:
+    """Configurations of other models, with files that are no weights: nothing may load them."""
+    from transformers import Gemma2Config, LlamaConfig
+
+    made = dict(MODELS)
+    made["same"] = MODELS["student"].model_copy(update={"max_length": 64})
+    for name, config in (
+        ("narrow", LlamaConfig(hidden_size=64, num_hidden_layers=4)),
+        ("capped", Gemma2Config(hidden_size=64, num_hidden_layers=4)),
+    ):
+        folder = tmp_path_factory.mktemp(name)
+        config.save_pretrained(folder)
+        (folder / "model.safetensors").write_bytes(b"no weights")
+        made[name] = ModelSettings(model=str(folder))
+    return made
+
+
+@pytest.mark.parametrize("section", ["prototypes", "features", "concepts"])
+def test_another_model_than_the_dictionarys_is_refused_from_its_config(
+    others: dict[str, ModelSettings], section: str
+) -> None:
+    def check(student: str, layer: int, made_for: str = "student") -> None:
+        made = DictionarySettings(student=made_for, layer=layer)
+        stage: Checked = {
+            "prototypes": lambda: PrototypesStage(
+                FeaturesSettings(student=student), made, others, 0
+            ),
+            "features": lambda: FeaturesStage(FeaturesSettings(student=student), made, others),
+            "concepts": lambda: ConceptsStage(ConceptsSettings(student=student), made, others),
+        }[section]()
+        stage.check()
+
+    check("same", 29)
+    with pytest.raises(ConfigError, match=r"student is narrow .*the dictionary's is student"):
+        check("narrow", 2)
+    with pytest.raises(ConfigError, match=r"dictionary\.layer: 30, and .* has 30 blocks"):
+        check("same", 30)
+    if section == "concepts":
+        with pytest.raises(ConfigError, match=r"capped .*attn_logit_softcapping"):
+            check("capped", 2, "capped")
+    else:
+        check("capped", 2, "capped")
+
+
+def test_features_of_another_layer_than_the_dictionarys_are_refused(recipe: Any) -> None:
+    recipe.value["features"] = {"layer": 3}
+    with pytest.raises(ConfigError, match=r"features\.layer"):
+        read_config(recipe.save())
 
 
 @pytest.mark.parametrize(

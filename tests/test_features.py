@@ -196,8 +196,11 @@ def test_active_features_are_the_latents_above_the_threshold(measured: Measured)
     assert 0 < np.mean([len(row["active_features"]) for row in made]) < LATENTS / 2
 
 
-def test_scores_do_not_depend_on_batches_padding_order_or_shards(measured: Measured) -> None:
-    chosen = FeaturesSettings(active_above=measured.level, by_target=True, pooling="max")
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+def test_scores_do_not_depend_on_batches_padding_order_or_shards(
+    measured: Measured, pooling: Any
+) -> None:
+    chosen = FeaturesSettings(active_above=measured.level, by_target=True, pooling=pooling)
     made = measured.features(chosen)
     order = np.random.default_rng(1).permutation(ROWS.num_rows)
     turned = measured.features(chosen, ROWS.take(pa.array(order)))
@@ -214,6 +217,23 @@ def test_scores_do_not_depend_on_batches_padding_order_or_shards(measured: Measu
             )
             assert one["similarity"] == pytest.approx(other["similarity"], abs=1e-5)
             assert one["active_features"] == other["active_features"]
+
+
+def test_rows_are_flagged_where_content_was_cut_and_only_there(measured: Measured) -> None:
+    """Windows that end in the template before the answer, and at the answer's last token."""
+    tokenizer = cached_tokenizer(MODELS["student"])
+    messages = ROWS["effective_messages"][0].as_py()
+    prompt = len(masked_sequence(tokenizer, messages, "prompt", 96).ids)
+    whole = len(masked_sequence(tokenizer, messages, "both", 96).ids)
+    artifacts = {
+        "dictionary": measured.store,
+        "prototypes": measured.prototypes(FeaturesSettings())[0],
+    }
+    for window, flagged in ((prompt + 1, True), (whole - 1, True), (whole, False)):
+        models = {"student": MODELS["student"].model_copy(update={"max_length": window})}
+        stage = FeaturesStage(FeaturesSettings(), DICTIONARY, models)
+        made = asyncio.run(stage.process(ROWS.slice(0, 1), measured.engines, artifacts))
+        assert made["features_truncated"].to_pylist() == [flagged]
 
 
 def test_bfloat16_ranks_rows_as_float32_does(measured: Measured) -> None:

@@ -100,6 +100,22 @@ def test_model_sees_the_whole_conversation_up_to_the_last_token_read(
         assert turn["content"].strip() in seen
 
 
+@FAMILIES
+@pytest.mark.parametrize("part", ["response", "prompt", "both"])
+def test_row_is_truncated_where_content_that_counts_is_lost(
+    part: Any, template: str | None, messages: list[Message], student_tokenizer: Any
+) -> None:
+    """Cut at every length: inside content, inside the template, right after the last token."""
+    tokenizer = tokenizer_with(student_tokenizer, template)
+    whole = masked_sequence(tokenizer, messages, part, 500)
+    assert not whole.truncated
+    first = list(whole.keep).index(True) + 1
+    for length in range(first, len(whole.ids) + 5):
+        cut = masked_sequence(tokenizer, messages, part, length)
+        assert cut.truncated == (sum(cut.keep) < sum(whole.keep))
+        assert cut.truncated == (length < len(whole.ids))
+
+
 def test_family_without_system_turns_fails_a_row_that_has_one(student_tokenizer: Any) -> None:
     tokenizer = tokenizer_with(student_tokenizer, MISTRAL)
     with pytest.raises(RowError, match="roles must alternate"):

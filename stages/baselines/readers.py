@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 
 from stages.base import EngineSpec
 from stages.baselines.settings import BaselinesSettings, BaselineTargetSettings, Score
+from stages.dictionary.checks import check_layer
 from stages.dictionary.settings import Part
 from stages.embedding.settings import EmbeddingSettings
 from stages.embedding.stage import embedded_text
 from stages.engines import ScoreRequest
-from stages.engines.model_files import cached_tokenizer
+from stages.engines.model_files import cached_tokenizer, decoder_shape
 from stages.engines.settings import ModelSettings
 from stages.engines.tokens import chat_tokens
 from stages.errors import ConfigError, RowError
@@ -93,6 +94,17 @@ class Readers:
             if self._embedding and "embedding" in settings.scores
             else None,
         )
+
+    def check(self) -> None:
+        """Refuse a block that the student doesn't have.
+
+        Raises:
+            ConfigError: the layer is out of range, or the student's configuration can't be read.
+        """
+        layer = self._settings.layer
+        if layer is not None and "hidden" in self._settings.scores:
+            blocks, _ = decoder_shape(self.student)
+            check_layer("baselines.layer", layer, blocks, self.student.model)
 
     def engines(self, *, embedder: bool) -> dict[str, EngineSpec]:
         """The engines of the chosen scores; rows have their sentence vectors already."""

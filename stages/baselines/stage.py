@@ -63,6 +63,14 @@ class BaselinesStage:
         """The targets' side, where a score has one."""
         return ("baseline_targets",) if self.settings.to_targets else ()
 
+    def check(self) -> None:
+        """Refuse a block that the student doesn't have.
+
+        Raises:
+            ConfigError: naming the layer.
+        """
+        self._readers.check()
+
     async def process(
         self, rows: pa.Table, engines: Mapping[str, Any], artifacts: Mapping[str, Store]
     ) -> pa.Table:

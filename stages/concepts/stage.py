@@ -9,11 +9,13 @@ import pyarrow as pa
 
 from stages.base import Columns, EngineSpec
 from stages.concepts.settings import ConceptsSettings
+from stages.dictionary.checks import check_student
 from stages.dictionary.settings import DictionarySettings
 from stages.engines import FeatureReader, MaskedSequence
-from stages.engines.model_files import cached_tokenizer
+from stages.engines.attention import caps_scores
+from stages.engines.model_files import cached_tokenizer, text_config
 from stages.engines.settings import ModelSettings
-from stages.errors import RowError
+from stages.errors import ConfigError, RowError
 from stages.features.tokens import masked_sequence
 from stages.rows import OK, status_field
 from stages.storage import Store
@@ -50,6 +52,7 @@ class ConceptsStage:
         self.settings = settings
         self._student = models[settings.student]
         self._layer = dictionary.layer
+        self._dictionary, self._models = dictionary, models
 
     def columns(self) -> Columns:
         """Reads the text that stands after reflection."""
@@ -62,6 +65,21 @@ class ConceptsStage:
     def artifacts(self) -> tuple[str, ...]:
         """The dictionary."""
         return ("dictionary",)
+
+    def check(self) -> None:
+        """Refuse a student that the dictionary wasn't made for, or that two streams can't pass.
+
+        Raises:
+            ConfigError: naming the model, and what is wrong with it.
+        """
+        name = self.settings.student
+        check_student("concepts", name, self._dictionary, self._models)
+        if caps_scores(text_config(self._student)):
+            raise ConfigError(
+                f"concepts.student is {name} ({self._student.model}), whose attention bounds its "
+                "scores (attn_logit_softcapping); concepts aren't there for such models: leave "
+                "the section out, or use another model"
+            )
 
     async def process(
         self, rows: pa.Table, engines: Mapping[str, Any], artifacts: Mapping[str, Store]

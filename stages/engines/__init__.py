@@ -113,10 +113,17 @@ class Completion:
 
 @dataclass(frozen=True)
 class MaskedSequence:
-    """A token sequence and which of its tokens count (content, not template)."""
+    """A token sequence and which of its tokens count (content, not template).
+
+    Attributes:
+        ids: of the tokens that are read.
+        keep: of each, whether it counts.
+        truncated: whether tokens that would count lay beyond what is read.
+    """
 
     ids: TokenIds
     keep: Sequence[bool]
+    truncated: bool = False
 
 
 @dataclass(frozen=True)

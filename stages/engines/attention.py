@@ -11,9 +11,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 _NAME = "tamis_cpu"
+
+
+def caps_scores(config: PreTrainedConfig) -> bool:
+    """Whether a model's attention bounds its scores before the softmax, as Gemma 2's does."""
+    return getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+
+
+def attends_by_sdpa(model: PreTrainedModel) -> bool:
+    """Whether a model attends by torch's SDPA or its like here: nothing but a mask and a scale."""
+    return model.config._attn_implementation in ("sdpa", _NAME)
+
+
+def use_capped_attention(model: PreTrainedModel) -> None:
+    """Have a model that bounds its scores attend by its own code: SDPA leaves the bound out."""
+    if caps_scores(model.config):
+        model.set_attn_implementation("eager")
 
 
 def use_cpu_attention(model: PreTrainedModel) -> None:

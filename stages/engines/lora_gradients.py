@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from transformers.pytorch_utils import Conv1D
 
 from stages.engines import ScoreRequest
 from stages.engines.model_files import decoder_of, output_head_of
@@ -52,7 +53,7 @@ class LoraGradients:
         self._layers = [
             _Adapted(module, rank, dimensions, draw)
             for module in decoder_of(model).modules()
-            if isinstance(module, nn.Linear)
+            if isinstance(module, (nn.Linear, Conv1D))
         ]
         if not self._layers:
             raise EngineError("the model's blocks have no linear layer to adapt")
@@ -95,11 +96,12 @@ class _Adapted:
     """One linear layer with its adapter's A and its part of the projection."""
 
     def __init__(
-        self, module: nn.Linear, rank: int, dimensions: int, draw: torch.Generator
+        self, module: nn.Linear | Conv1D, rank: int, dimensions: int, draw: torch.Generator
     ) -> None:
         self._module = module
         weight = module.weight
-        inputs, outputs = module.in_features, module.out_features
+        # GPT-2's linear layers are called Conv1D and hold their weights transposed.
+        inputs, outputs = weight.shape if isinstance(module, Conv1D) else weight.shape[::-1]
         a = torch.randn(rank, inputs, generator=draw) / inputs**0.5
         bucket = torch.randint(dimensions, (outputs * rank,), generator=draw)
         sign = torch.randint(2, (outputs * rank,), generator=draw).mul_(2).sub_(1)

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakValueDictionary
 
-from stages.engines.attention import use_cpu_attention
+from stages.engines.attention import use_capped_attention, use_cpu_attention
 from stages.errors import ConfigError, EngineError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from stages.engines.settings import ModelSettings
 
@@ -125,8 +126,8 @@ def cached_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     return load_tokenizer(settings)
 
 
-def decoder_shape(settings: ModelSettings) -> tuple[int, int]:
-    """Number of blocks and width of the residual stream, from the configuration alone.
+def text_config(settings: ModelSettings) -> PreTrainedConfig:
+    """The configuration of the model, or of its part that reads text.
 
     Raises:
         ConfigError: the model can't be found, or its configuration can't be read.
@@ -135,13 +136,22 @@ def decoder_shape(settings: ModelSettings) -> tuple[int, int]:
 
     folder = model_folder(settings.model)
     try:
-        config = AutoConfig.from_pretrained(
+        return AutoConfig.from_pretrained(
             folder, trust_remote_code=settings.trust_remote_code
         ).get_text_config()
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model {settings.model}: cannot read its configuration: {error}"
         ) from error
+
+
+def decoder_shape(settings: ModelSettings) -> tuple[int, int]:
+    """Number of blocks and width of the residual stream, from the configuration alone.
+
+    Raises:
+        ConfigError: the model can't be found, or its configuration can't be read.
+    """
+    config = text_config(settings)
     return int(config.num_hidden_layers), int(config.hidden_size)
 
 
@@ -197,6 +207,7 @@ def _loaded(settings: ModelSettings) -> PreTrainedModel:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     module: torch.nn.Module = model
     ready = cast("PreTrainedModel", module.to(device).eval())
+    use_capped_attention(ready)
     use_cpu_attention(ready)
     return ready
 
@@ -213,10 +224,17 @@ def blocks_of(decoder: Any) -> Any:
     return getattr(decoder, "layers", None) or getattr(decoder, "h", None)
 
 
-def output_head_of(model: PreTrainedModel) -> Any:
-    """What turns final states into logits."""
+def output_head_of(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
+    r"""What turns final states into logits, bounded where the model bounds them.
+
+    .. math:: c \tanh(W h / c)
+
+    Source: Gemma 2 (arXiv 2408.00118), section 2.
+    """
     find: Callable[[], Any] = model.get_output_embeddings
-    return find()
+    head = find()
+    bound = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return head if bound is None else lambda states: bound * (head(states) / bound).tanh()
 
 
 def set_threads(settings: ModelSettings) -> None:

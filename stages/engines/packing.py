@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stages.engines import TokenIds
+from stages.engines.attention import attends_by_sdpa
 from stages.engines.prefixes import SharedPrefix
 
 if TYPE_CHECKING:
@@ -91,12 +92,13 @@ def _appended(pack: Pack, ids: TokenIds, position: int, prefix: Segment | None =
 def use_packed_attention(model: PreTrainedModel) -> bool:
     """Have a model attend within segments; False, and no change, where it can't be told to.
 
-    It can on a CPU, where attention goes through the library's interface and every layer reads all
-    that comes before. Elsewhere one call a sequence costs more than the padding that it saves.
+    It can on a CPU, where attention goes through the library's interface by SDPA and every layer
+    reads all that comes before. Elsewhere one call a sequence costs more than the padding that it
+    saves.
     """
     from transformers import AttentionInterface
 
-    able = getattr(model, "_supports_attention_backend", False)
+    able = getattr(model, "_supports_attention_backend", False) and attends_by_sdpa(model)
     if model.device.type != "cpu" or not able or not _reads_all(model.config):
         return False
     # Without a mask function of that name the model makes no mask, which would be tokens squared.

@@ -312,13 +312,17 @@ class TransformersReader:
 
     def _encoder(self, url: str, device: torch.device | None = None) -> TokenEncoder:
         """The encoder of the autoencoder in a dictionary's folder, read once."""
-        if url not in self._encoders:
-            from stages.dictionary.artifact import read_autoencoder
-            from stages.features.encoding import TokenEncoder
+        import torch
 
-            self._encoders[url] = TokenEncoder(read_autoencoder(Store(url)))
-        encoder = self._encoders[url]
-        return encoder if device is None else encoder.to(device)
+        # It is kept, and weights that inference mode made could take part in no gradient later.
+        with torch.inference_mode(mode=False):
+            if url not in self._encoders:
+                from stages.dictionary.artifact import read_autoencoder
+                from stages.features.encoding import TokenEncoder
+
+                self._encoders[url] = TokenEncoder(read_autoencoder(Store(url)))
+            encoder = self._encoders[url]
+            return encoder if device is None else encoder.to(device)
 
     def _compared_with(
         self, url: str, settings: FeaturesSettings, device: torch.device

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stages.engines import LogLikelihoods, MaskedSequence
-from stages.engines.model_files import decoder_of
+from stages.engines.model_files import blocks_of, decoder_of
 from stages.engines.prefixes import SharedPrefix
 from stages.engines.scorer import TransformersScorer
 
@@ -60,7 +60,7 @@ class TransformersSplicer(TransformersScorer):
             states[places] = replace(states[places].float()).to(states.dtype)
             return (states, *output[1:]) if isinstance(output, tuple) else states
 
-        handle = decoder_of(self._model).layers[layer].register_forward_hook(hook)
+        handle = blocks_of(decoder_of(self._model))[layer].register_forward_hook(hook)
         try:
             yield
         finally:

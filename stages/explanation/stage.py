@@ -73,7 +73,7 @@ class ExplanationStage:
         """Keep what rows were read with."""
         self.settings = settings
         self._features = features
-        self._layer = dictionary.layer if features.layer is None else features.layer
+        self._layer = dictionary.layer
         self._student = models[features.student]
         self._seed = seed
 

@@ -17,9 +17,6 @@ class FeaturesSettings(RowSettings):
     """The `features` section of a recipe: similarity of each row to the targets."""
 
     student: str = Field(default="student", description="Name of the model that is read.")
-    layer: int | None = Field(
-        default=None, ge=0, description="Block whose output is read; unset: the dictionary's."
-    )
     part: Part = Field(
         default="both", description="Tokens that count; template and special tokens never do."
     )

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from stages.base import Columns, EngineSpec
+from stages.dictionary.checks import check_student
 from stages.dictionary.settings import DictionarySettings
 from stages.engines import FeatureReader, MaskedSequence
 from stages.engines.model_files import cached_tokenizer
@@ -38,7 +39,7 @@ class FeaturesStage:
     """
 
     name = "features"
-    version = 2
+    version = 3
     on_targets = True
 
     def __init__(
@@ -50,7 +51,8 @@ class FeaturesStage:
         """Keep the settings, and the layer that the dictionary was trained on."""
         self.settings = settings
         self._student = models[settings.student]
-        self._layer = dictionary.layer if settings.layer is None else settings.layer
+        self._layer = dictionary.layer
+        self._dictionary, self._models = dictionary, models
         asked = [(_BY_TARGET, settings.by_target), (_ACTIVE, settings.active_above is not None)]
         self._adds = pa.schema([*_ADDS[:-1], *(f for f, wanted in asked if wanted), _ADDS[-1]])
 
@@ -65,6 +67,14 @@ class FeaturesStage:
     def artifacts(self) -> tuple[str, ...]:
         """The dictionary, and what the targets activate."""
         return ("dictionary", "prototypes")
+
+    def check(self) -> None:
+        """Refuse a student whose states the dictionary wasn't made for.
+
+        Raises:
+            ConfigError: it is another model than the dictionary's, or has no such block.
+        """
+        check_student("features", self.settings.student, self._dictionary, self._models)
 
     async def process(
         self, rows: pa.Table, engines: Mapping[str, Any], artifacts: Mapping[str, Store]
@@ -86,7 +96,7 @@ class FeaturesStage:
                 {
                     "features_status": OK,
                     "tokens": sum(sequence.keep),
-                    "features_truncated": len(sequence.ids) >= self._student.max_length,
+                    "features_truncated": sequence.truncated,
                 }
             )
         tasks = [str(name) for name in artifacts["prototypes"].read_json("tasks.json")]

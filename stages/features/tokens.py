@@ -38,11 +38,11 @@ def masked_sequence(
     """
     tokens = chat_tokens(tokenizer, messages)
     start = start_ids(tokenizer) if tokens.parts[:1] != [TEMPLATE] else []
-    ids = [*start, *tokens.ids][:max_length]
-    parts = [*[TEMPLATE] * len(start), *tokens.parts][:max_length]
-    keep = [p in _COUNTED[part] for p in parts]
+    ids = [*start, *tokens.ids]
+    counted = [p in _COUNTED[part] for p in [*[TEMPLATE] * len(start), *tokens.parts]]
+    keep = counted[:max_length]
     if not any(keep):
         raise RowError(f"no_tokens: none of the {part} within {max_length} tokens")
     # Tokens after the last one that counts can't change it.
     last = max(i for i, kept in enumerate(keep) if kept) + 1
-    return MaskedSequence(ids[:last], keep[:last])
+    return MaskedSequence(ids[:last], keep[:last], truncated=any(counted[max_length:]))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from stages.engines import MaskedSequence
-from stages.engines.model_files import decoder_of
+from stages.engines.model_files import decoder_of, output_head_of
 from stages.pilots.settings import ProxySettings, ProxyTrainingSettings
 
 if TYPE_CHECKING:
@@ -76,8 +76,7 @@ def response_losses(
         input_ids=ids.to(device), attention_mask=there.to(device), use_cache=False
     ).last_hidden_state
     owner, position = torch.nonzero(keep[:, 1:], as_tuple=True)
-    head: torch.nn.Module = cast(Any, model).get_output_embeddings()
-    logits = head(states[owner.to(device), position.to(device)]).float()
+    logits = output_head_of(model)(states[owner.to(device), position.to(device)]).float()
     follows = ids[owner, position + 1].to(device)
     return functional.cross_entropy(logits, follows, reduction="none"), owner
 

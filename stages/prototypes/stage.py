@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from stages.base import NO_ARTIFACTS, Artifact, Columns, EngineSpec, ShardedColumns
+from stages.dictionary.checks import check_student
 from stages.dictionary.settings import DictionarySettings
 from stages.engines import FeatureReader, MaskedSequence
 from stages.engines.model_files import cached_tokenizer
@@ -45,12 +46,13 @@ class PrototypesStage:
         """Keep what bears on prototypes."""
         self.settings = PrototypeSettings(
             student=features.student,
-            layer=dictionary.layer if features.layer is None else features.layer,
+            layer=dictionary.layer,
             part=features.part,
             pooling=features.pooling,
             frequency_rows=features.frequency_rows if features.needs_frequencies else None,
         )
         self._student = models[features.student]
+        self._dictionary, self._models = dictionary, models
         self._seed = seed
 
     def columns(self) -> Columns:
@@ -64,6 +66,14 @@ class PrototypesStage:
     def artifacts(self) -> tuple[str, ...]:
         """The dictionary."""
         return ("dictionary",)
+
+    def check(self) -> None:
+        """Refuse a student whose states the dictionary wasn't made for.
+
+        Raises:
+            ConfigError: it is another model than the dictionary's, or has no such block.
+        """
+        check_student("features", self.settings.student, self._dictionary, self._models)
 
     async def fit(
         self,
