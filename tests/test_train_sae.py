@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from pipeline.cli import app
@@ -335,12 +337,7 @@ def test_failed_training_goes_on_to_the_same_weights(
 ) -> None:
     whole, _, _ = trained
 
-    def show(progress: Progress) -> None:
-        if progress.step == step:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train_sae(read_train_sae(recipe.path), lambda line: None, show)
+    stopped_after(recipe, step)
     assert not (recipe.run_folder / "manifest.json").exists()
     _, shown = recipe.train()
     assert shown[0].step == 7 * ((step - 1) // 7) + 1
@@ -361,6 +358,50 @@ def test_finished_training_is_left_alone_and_another_is_refused(
     (recipe.folder / "sums.jsonl").write_text('{"question": "Q?", "answer": "A."}\n')
     with pytest.raises(ConfigError, match=r"sources\.sums\.sums\.jsonl: 'sha256"):
         recipe.train("training.tokens=1000")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("report.json", r"report\.json is missing"),
+        ("sae_weights.safetensors", r"sae_weights\.safetensors is missing"),
+        ("curve.svg", r"curve\.svg has changed"),
+    ],
+)
+def test_finished_training_that_lost_files_says_so(
+    trained: Any, recipe: Recipe, name: str, message: str
+) -> None:
+    shutil.copytree(trained[0].run_folder, recipe.run_folder)
+    if "changed" in message:
+        (recipe.run_folder / name).write_text("<svg/>")
+    else:
+        (recipe.run_folder / name).unlink()
+    with pytest.raises(StageError, match=f"{message}: put back .* or remove manifest.json"):
+        recipe.train()
+    whole = (trained[0].run_folder / name).read_bytes()
+    (recipe.run_folder / name).write_bytes(whole)
+    assert recipe.train()[0].was_complete
+
+
+def stopped_after(recipe: Recipe, step: int) -> None:
+    def show(progress: Progress) -> None:
+        if progress.step == step:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_sae(read_train_sae(recipe.path), lambda line: None, show)
+
+
+@pytest.mark.parametrize("left", [0, 2000])
+def test_damaged_checkpoint_says_what_to_do(recipe: Recipe, left: int) -> None:
+    stopped_after(recipe, 9)
+    checkpoint = recipe.run_folder / "checkpoint.safetensors"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:left])
+    with pytest.raises(StageError, match=r"checkpoint\.safetensors is damaged .* or remove it to"):
+        recipe.train()
+    save_file({"other": torch.ones(2)}, checkpoint)
+    with pytest.raises(StageError, match=r"checkpoint\.safetensors is damaged .* or remove it to"):
+        recipe.train()
 
 
 def test_same_weights_in_a_store(trained: Any, recipe: Recipe) -> None:
@@ -408,6 +449,7 @@ def test_progress_line_says_how_long_is_left() -> None:
         ("sources.0.path=gone.jsonl", "gone.jsonl doesn't exist"),
         ("sources.0.name=more", "two sources are called more"),
         ("autoencoder.student=nobody", "names the model 'nobody'"),
+        ("models.student.engine=vllm", "'student' of engine vllm, which gives no activations"),
         ("training.bach=3", r"training\.bach: unknown key; did you mean 'batch'"),
     ],
 )

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 from pipeline.train_sae.rows import Place
+from stages.errors import StageError
 from stages.storage import Store
 
 if TYPE_CHECKING:
@@ -50,7 +51,11 @@ def training_state(
         capacity: of the buffer.
         seed: of directions and order.
         device: where to train.
+
+    Raises:
+        StageError: the checkpoint is damaged.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load
 
     from stages.dictionary.buffer import ActivationBuffer
@@ -59,16 +64,23 @@ def training_state(
     if not store.exists(CHECKPOINT):
         buffer = ActivationBuffer(capacity, config.d_in, seed)
         return TrainingState(Trainer(config, seed, device), buffer)
-    tensors = load(store.read_bytes(CHECKPOINT))
-    numbers = json.loads(bytes(tensors.pop(_NUMBERS).numpy()))
-    trainer, held = _under("trainer.", tensors), _under("buffer.", tensors)
-    return TrainingState(
-        Trainer.from_state(config, trainer, numbers["trainer"], device),
-        ActivationBuffer.from_state(capacity, seed, held, numbers["buffer"]),
-        Place(**numbers["place"]),
-        numbers["read"],
-        [TrainingPoint(*point) for point in numbers["points"]],
-    )
+    try:
+        tensors = load(store.read_bytes(CHECKPOINT))
+        numbers = json.loads(bytes(tensors.pop(_NUMBERS).numpy()))
+        trainer, held = _under("trainer.", tensors), _under("buffer.", tensors)
+        return TrainingState(
+            Trainer.from_state(config, trainer, numbers["trainer"], device),
+            ActivationBuffer.from_state(capacity, seed, held, numbers["buffer"]),
+            Place(**numbers["place"]),
+            numbers["read"],
+            [TrainingPoint(*point) for point in numbers["points"]],
+        )
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise StageError(
+            f"{store.url}/{CHECKPOINT} is damaged ({error}): put back a whole copy, or remove "
+            "it to train from the start",
+            stage="train-sae",
+        ) from error
 
 
 def write_checkpoint(store: Store, state: TrainingState) -> None:

@@ -140,6 +140,11 @@ class TrainSaeConfig(BaseModel):
                 f"autoencoder.student names the model {self.autoencoder.student!r}, which `models` "
                 f"doesn't declare (declared: {', '.join(sorted(self.models)) or 'none'})"
             )
+        if self.student.engine != "transformers":
+            raise ValueError(
+                f"autoencoder.student names the model {self.autoencoder.student!r} of engine "
+                f"{self.student.engine}, which gives no activations: set its engine to transformers"
+            )
         return self
 
     @property

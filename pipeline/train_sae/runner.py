@@ -112,7 +112,7 @@ def train_sae(config: TrainSaeConfig, say: Say, show: Show, make: Make = make_en
     Raises:
         ConfigError: something that the recipe names is missing or can't be used, or the folder
             holds another recipe's training.
-        StageError: training can't go on.
+        StageError: training can't go on, or files of a finished one are missing or have changed.
         RunBusy: another process works in the folder.
     """
     return _Training(config, say, show, make).run()
@@ -131,6 +131,7 @@ class _Training:
         identity = self._identity()
         with RunLock(self._store):
             if self._is_complete(identity):
+                self._check_files()
                 self._store.remove(CHECKPOINT)
                 return self._finished(was_complete=True)
             tokenizer = cached_tokenizer(config.student)
@@ -321,6 +322,25 @@ class _Training:
                     "execution.run, or remove the folder"
                 )
         return self._store.exists(MANIFEST)
+
+    def _check_files(self) -> None:
+        """Refuse a finished training whose files aren't those that its manifest lists.
+
+        Raises:
+            StageError: with their names.
+        """
+        wrong = []
+        for entry in self._store.read_json(MANIFEST)["files"]:
+            if not self._store.exists(entry["path"]):
+                wrong.append(f"{entry['path']} is missing")
+            elif self._store.sha256(entry["path"]) != entry["sha256"]:
+                wrong.append(f"{entry['path']} has changed")
+        if wrong:
+            raise StageError(
+                f"{self._store.url} holds a finished training, but {'; '.join(wrong)}: "
+                f"put back what {MANIFEST} lists, or remove {MANIFEST} to train again",
+                stage="train-sae",
+            )
 
     def _report(
         self,

@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import pickle
 import struct
 import zipfile
 from collections.abc import Mapping
-from typing import IO, Any
+from typing import IO, Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field, NonNegativeInt
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from stages.dictionary.formats.fields import Fields, checked_fields
 from stages.storage import Store
 
-_FLOATS = {"F64", "F32", "F16", "BF16"}
+_FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 _DAMAGED = (SafetensorError, ValueError, KeyError, EOFError, struct.error, zipfile.BadZipFile)
 _LARGEST_HEADER = 100_000_000
 """Bytes; the limit of the safetensors library."""
+
+
+class _Entry(Fields):
+    """What a safetensors header says of a tensor; offsets are bytes after the header."""
+
+    dtype: str
+    shape: list[NonNegativeInt]
+    data_offsets: Annotated[list[NonNegativeInt], Field(min_length=2, max_length=2)]
 
 
 class Folder:
@@ -73,8 +85,8 @@ class Folder:
                 raise ValueError(f"{name} can't be read: {error}") from error
         return {key: _as_float32(value) for key, value in found.items()}
 
-    def unpickled(self, name: str) -> dict[str, Any]:
-        """The state in a file of torch.save, tensors as `tensors` gives them.
+    def unpickled(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The state in a file of torch.save: tensors as `tensors` gives them, and other values.
 
         Only weights and plain values are unpickled, nothing that could run code.
 
@@ -96,10 +108,8 @@ class Folder:
                 raise ValueError(f"{name} can't be read: {error}") from error
         if not isinstance(state, Mapping):
             raise ValueError(f"{name} must hold a state_dict, got {type(state).__name__}")
-        return {
-            str(key): _as_float32(value) if isinstance(value, Tensor) else value
-            for key, value in state.items()
-        }
+        tensors = {str(k): _as_float32(v) for k, v in state.items() if isinstance(v, Tensor)}
+        return tensors, {str(k): v for k, v in state.items() if not isinstance(v, Tensor)}
 
 
 def _as_float32(tensor: Tensor) -> Tensor:
@@ -113,10 +123,20 @@ def _safetensors(file: IO[bytes], shapes_only: bool) -> dict[str, Tensor]:
     if size > _LARGEST_HEADER:
         raise ValueError("it has no safetensors header")
     header = json.loads(file.read(size))
+    if not isinstance(header, dict):
+        raise ValueError("its header is no JSON object")
+    header.pop("__metadata__", None)
+    entries = {name: checked_fields(name, _Entry, entry) for name, entry in header.items()}
+    told = 8 + size + max((entry.data_offsets[1] for entry in entries.values()), default=0)
+    held = file.seek(0, os.SEEK_END)
+    if held != told:
+        raise ValueError(f"it holds {held} bytes, but its header tells of {told}: fetch it again")
+    for name, entry in entries.items():
+        if math.prod(entry.shape) > entry.data_offsets[1] - entry.data_offsets[0]:
+            raise ValueError(f"{name} of shape {entry.shape} has no room in it")
     return {
-        name: _empty(entry["shape"], floating=entry["dtype"] in _FLOATS)
-        for name, entry in header.items()
-        if name != "__metadata__"
+        name: _empty(entry.shape, floating=entry.dtype in _FLOATS)
+        for name, entry in entries.items()
     }
 
 

@@ -6,10 +6,13 @@ decoder bias isn't subtracted before encoding.
 
 from __future__ import annotations
 
+from typing import Literal
+
+from stages.dictionary.formats.fields import Fields, checked_fields
 from stages.dictionary.formats.folder import Folder
 from stages.dictionary.formats.hooks import block_of_hook
 from stages.dictionary.formats.published import Published, Wanted
-from stages.dictionary.formats.weights import agree, assembled_sae, check_names, stated
+from stages.dictionary.formats.weights import agree, assembled_sae, check_names
 
 _CONFIG, _WEIGHTS = "config.json", "params.safetensors"
 _NAMES = {
@@ -19,6 +22,16 @@ _NAMES = {
     "b_dec": "b_dec",
     "threshold": "threshold",
 }
+
+
+class _Config(Fields):
+    architecture: Literal["jump_relu"]
+    affine_connection: Literal[False] | None = False
+    type: Literal["sae"] = "sae"
+    hf_hook_point_in: str | None = None
+    hf_hook_point_out: str | None = None
+    width: int | None = None
+    apply_b_dec_to_input: bool | None = False
 
 
 def files(folder: Folder, wanted: Wanted) -> list[str]:
@@ -32,19 +45,17 @@ def read(folder: Folder, wanted: Wanted) -> Published:
     Raises:
         ValueError: It can't be read, or is a transcoder.
     """
-    cfg = folder.json(_CONFIG)
-    stated(_CONFIG, "architecture", cfg.get("architecture"), ("jump_relu",))
-    stated(_CONFIG, "affine_connection", cfg.get("affine_connection", False), (False, None))
-    stated(_CONFIG, "type", cfg.get("type", "sae"), ("sae",))
-    hook = cfg.get("hf_hook_point_in")
-    if hook and cfg.get("hf_hook_point_out") not in (None, hook):
-        raise ValueError(f"{_CONFIG}: it leads from {hook} to {cfg['hf_hook_point_out']}")
+    raw = folder.json(_CONFIG)
+    cfg = checked_fields(_CONFIG, _Config, raw)
+    hook = cfg.hf_hook_point_in
+    if hook and cfg.hf_hook_point_out not in (None, hook):
+        raise ValueError(f"{_CONFIG}: it leads from {hook} to {cfg.hf_hook_point_out}")
     tensors = folder.tensors(_WEIGHTS)
     check_names(_WEIGHTS, tensors, _NAMES.values())
     sae = assembled_sae(_NAMES, tensors, encoder_transposed=False, decoder_transposed=False)
-    if "width" in cfg:
-        agree(_CONFIG, "width", cfg["width"], sae.config.d_sae)
-    if not cfg.get("apply_b_dec_to_input", False):
+    if cfg.width is not None:
+        agree(_CONFIG, "width", cfg.width, sae.config.d_sae)
+    if not cfg.apply_b_dec_to_input:
         sae.fold_decoder_bias()
     block = block_of_hook(hook) if hook else None
-    return Published(sae, cfg, block, f"{_CONFIG} (hf_hook_point_in {hook})")
+    return Published(sae, raw, block, f"{_CONFIG} (hf_hook_point_in {hook})")

@@ -18,14 +18,16 @@ the norms out of the gating.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Literal
 
 import torch
+from pydantic import BeforeValidator, Field
 
+from stages.dictionary.formats.fields import Fields, checked_fields
 from stages.dictionary.formats.folder import Folder
 from stages.dictionary.formats.hooks import block_of_hook
 from stages.dictionary.formats.published import Published, Wanted
-from stages.dictionary.formats.weights import agree, assembled_sae, check_names, stated
+from stages.dictionary.formats.weights import agree, assembled_sae, check_names
 
 _CONFIG, _WEIGHTS = "hyperparams.json", "checkpoints/final.safetensors"
 _NAMES = {
@@ -34,6 +36,30 @@ _NAMES = {
     "W_dec": "decoder.weight",
     "b_dec": "decoder.bias",
 }
+
+
+def _lower(name: object) -> object:
+    return name.lower() if isinstance(name, str) else name
+
+
+class _Norms(Fields):
+    input: float = Field(alias="in", gt=0)
+
+
+class _Config(Fields):
+    d_model: int
+    d_sae: int
+    act_fn: Annotated[Literal["jumprelu", "topk", "relu"], BeforeValidator(_lower)]
+    jump_relu_threshold: float | None = None
+    top_k: int | None = None
+    use_glu_encoder: Literal[False] = False
+    use_decoder_bias: bool = True
+    apply_decoder_bias_to_pre_encoder: bool = False
+    sparsity_include_decoder_norm: bool = True
+    norm_activation: Literal["dataset-wise", "inference"] = "dataset-wise"
+    dataset_average_activation_norm: _Norms | None = None
+    hook_point_in: str | None = None
+    hook_point_out: str | None = None
 
 
 def files(folder: Folder, wanted: Wanted) -> list[str]:
@@ -48,66 +74,58 @@ def read(folder: Folder, wanted: Wanted) -> Published:
     Raises:
         ValueError: It can't be read, or is a transcoder.
     """
-    cfg = folder.json(_CONFIG)
-    d = cfg.get("d_model")
-    if type(d) is not int:
-        raise ValueError(f"{_CONFIG}: d_model must be an integer, got {d!r}")
-    stated(_CONFIG, "act_fn", str(cfg.get("act_fn")).lower(), ("jumprelu", "topk", "relu"))
-    stated(_CONFIG, "use_glu_encoder", cfg.get("use_glu_encoder", False), (False,))
-    hook = cfg.get("hook_point_in")
-    if hook and cfg.get("hook_point_out") not in (None, hook):
+    raw = folder.json(_CONFIG)
+    cfg = checked_fields(_CONFIG, _Config, raw)
+    hook = cfg.hook_point_in
+    if hook and cfg.hook_point_out not in (None, hook):
         raise ValueError(
-            f"{_CONFIG}: it leads from {hook} to {cfg['hook_point_out']}, so it is a transcoder"
+            f"{_CONFIG}: it leads from {hook} to {cfg.hook_point_out}, so it is a transcoder"
         )
     tensors = folder.tensors(_WEIGHTS)
-    if cfg.get("use_decoder_bias") is False:
-        tensors["decoder.bias"] = tensors["encoder.weight"].new_zeros(d)
+    if not cfg.use_decoder_bias and "encoder.weight" in tensors:
+        tensors["decoder.bias"] = tensors["encoder.weight"].new_zeros(max(cfg.d_model, 0))
     check_names(_WEIGHTS, tensors, _NAMES.values())
     threshold = _threshold(cfg)
     names = dict(_NAMES)
     if threshold is not None:
         tensors["threshold"] = torch.zeros_like(tensors["encoder.bias"])
         names["threshold"] = "threshold"
-    k = cfg.get("top_k") if threshold is None and cfg["act_fn"].lower() == "topk" else None
+    k = cfg.top_k if threshold is None and cfg.act_fn == "topk" else None
     sae = assembled_sae(names, tensors, encoder_transposed=True, decoder_transposed=True, k=k)
-    agree(_CONFIG, "d_model", d, sae.config.d_in)
-    agree(_CONFIG, "d_sae", cfg.get("d_sae"), sae.config.d_sae)
-    scale = input_scale(cfg)
+    agree(_CONFIG, "d_model", cfg.d_model, sae.config.d_in)
+    agree(_CONFIG, "d_sae", cfg.d_sae, sae.config.d_sae)
+    scale = _input_scale(cfg)
     sae.b_enc.div_(scale)
     sae.b_dec.div_(scale)
-    if not cfg.get("apply_decoder_bias_to_pre_encoder", False):
+    if not cfg.apply_decoder_bias_to_pre_encoder:
         sae.fold_decoder_bias()
-    if cfg.get("sparsity_include_decoder_norm", True):
+    if cfg.sparsity_include_decoder_norm:
         sae.fold_decoder_norm()
     if sae.threshold is not None and threshold is not None:
         sae.threshold.fill_(threshold)
     block = block_of_hook(hook) if hook else None
-    return Published(sae, cfg, block, f"{_CONFIG} (hook_point_in {hook})")
+    return Published(sae, raw, block, f"{_CONFIG} (hook_point_in {hook})")
 
 
-def input_scale(cfg: dict[str, Any]) -> float:
+def _input_scale(cfg: _Config) -> float:
     r"""The number that activations were multiplied by in training.
 
     .. math:: s = \sqrt d \,/\, \mathrm{E}\lVert x \rVert
 
     Raises:
-        ValueError: The mean norm is missing, or activations were scaled token by token.
+        ValueError: The mean norm is missing.
     """
-    kind = cfg.get("norm_activation", "dataset-wise")
-    stated(_CONFIG, "norm_activation", kind, ("dataset-wise", "inference"))
-    if kind == "inference":
+    if cfg.norm_activation == "inference":
         return 1.0
-    norm = (cfg.get("dataset_average_activation_norm") or {}).get("in")
-    if not isinstance(norm, int | float) or norm <= 0:
-        raise ValueError(f"{_CONFIG}: dataset_average_activation_norm.in must be above 0: {norm!r}")
-    return math.sqrt(cfg["d_model"]) / norm
+    if cfg.dataset_average_activation_norm is None:
+        raise ValueError(f"{_CONFIG}: dataset_average_activation_norm: missing; it has to be given")
+    return math.sqrt(cfg.d_model) / cfg.dataset_average_activation_norm.input
 
 
-def _threshold(cfg: dict[str, Any]) -> float | None:
+def _threshold(cfg: _Config) -> float | None:
     """The common threshold; a top-k one with a threshold became a jumprelu one after training."""
-    value = cfg.get("jump_relu_threshold")
-    if cfg["act_fn"].lower() == "relu" or (cfg["act_fn"].lower() == "topk" and not value):
+    if cfg.act_fn == "relu" or (cfg.act_fn == "topk" and not cfg.jump_relu_threshold):
         return None
-    if not isinstance(value, int | float):
-        raise ValueError(f"{_CONFIG}: jump_relu_threshold must be a number, got {value!r}")
-    return float(value)
+    if cfg.jump_relu_threshold is None:
+        raise ValueError(f"{_CONFIG}: jump_relu_threshold: missing; it has to be given")
+    return cfg.jump_relu_threshold

@@ -7,13 +7,14 @@ read layer-normalised input, those with ReLU raw input.
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Literal
 
-from torch import Tensor
+from pydantic import ConfigDict, Field
 
+from stages.dictionary.formats.fields import Fields, checked_fields
 from stages.dictionary.formats.folder import Folder
 from stages.dictionary.formats.published import Published, Wanted
-from stages.dictionary.formats.weights import assembled_sae, check_names, stated
+from stages.dictionary.formats.weights import assembled_sae, check_names
 
 _NAMES = {
     "W_enc": "encoder.weight",
@@ -23,6 +24,20 @@ _NAMES = {
 }
 _STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
 _PLACE = re.compile(r"(resid_post_mlp|resid_post_attn|resid_delta_\w+?|mlp_post_act)(_v\w+)?")
+
+
+class _Activation(Fields):
+    k: int
+    postact_fn: Literal["ReLU"]
+
+
+class _Values(Fields):
+    """What isn't a tensor in the state; anything else there would have to be applied."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    activation: Literal["TopK", "ReLU"] = "ReLU"
+    activation_state_dict: dict[str, object] = Field(default_factory=dict)
 
 
 def files(folder: Folder, wanted: Wanted) -> list[str]:
@@ -41,13 +56,12 @@ def read(folder: Folder, wanted: Wanted) -> Published:
         if (place := _PLACE.fullmatch(part)) and place[1] != "resid_post_mlp":
             raise ValueError(f"{part}: only autoencoders of resid_post_mlp can be used")
     (file,) = files(folder, wanted)
-    state = folder.unpickled(file)
-    activation = state.pop("activation", "ReLU")
-    settings = state.pop("activation_state_dict", {})
-    tensors: dict[str, Tensor] = {k: v for k, v in state.items() if isinstance(v, Tensor)}
-    check_names(file, state, _NAMES.values(), _STATISTICS)
-    stated(file, "activation", activation, ("TopK", "ReLU"))
-    k = _k(file, settings) if activation == "TopK" else None
+    tensors, plain = folder.unpickled(file)
+    check_names(file, tensors, _NAMES.values(), _STATISTICS)
+    values = checked_fields(file, _Values, plain)
+    k = None
+    if values.activation == "TopK":
+        k = checked_fields(file, _Activation, values.activation_state_dict).k
     sae = assembled_sae(
         _NAMES,
         tensors,
@@ -58,12 +72,6 @@ def read(folder: Folder, wanted: Wanted) -> Published:
     )
     stem = file.removesuffix(".pt")
     block = int(stem) if stem.isdecimal() else None
-    return Published(sae, {"activation": activation, "k": k}, block, f"the file's name {file}")
-
-
-def _k(file: str, settings: dict[str, Any]) -> int:
-    stated(file, "postact_fn", settings.get("postact_fn"), ("ReLU",))
-    k = settings.get("k")
-    if not isinstance(k, int):
-        raise ValueError(f"{file}: k must be an integer, got {k!r}")
-    return k
+    return Published(
+        sae, {"activation": values.activation, "k": k}, block, f"the file's name {file}"
+    )

@@ -5,14 +5,45 @@ Source: SAELens 6.54, `load_from_disk`, `handle_config_defaulting` and `handle_p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from stages.dictionary.checkpoint import CONFIG_FILE, WEIGHTS_FILE, sae_from_parts
+from stages.dictionary.formats.fields import Fields, checked_fields
 from stages.dictionary.formats.folder import Folder
 from stages.dictionary.formats.hooks import block_of_hook
 from stages.dictionary.formats.published import Published, Wanted
-from stages.dictionary.formats.weights import check_finite
+from stages.dictionary.formats.weights import check_values
+
+_Version = Annotated[str, Field(pattern=r"^\d+(\..*)?$")]
+
+
+class _Metadata(Fields):
+    sae_lens_version: _Version | None = None
+    hook_name: str | None = None
+    hf_hook_name: str | None = None
+
+
+class _Kwargs(Fields):
+    k: int | None = None
+
+
+class _Config(Fields):
+    """Fields of either form, but those that `sae_from_parts` checks."""
+
+    sae_lens_version: _Version | None = None
+    metadata: _Metadata | None = None
+    apply_b_dec_to_input: bool = True
+    rescale_acts_by_decoder_norm: bool = False
+    # The flat form alone.
+    architecture: str = "standard"
+    activation_fn_str: str | None = None
+    activation_fn: str | None = None
+    activation_fn_kwargs: _Kwargs | None = None
+    normalize_activations: str | bool | None = None
+    hook_name: str | None = None
+    hook_point: str | None = None
 
 
 def files(folder: Folder, wanted: Wanted) -> list[str]:
@@ -27,9 +58,14 @@ def read(folder: Folder, wanted: Wanted) -> Published:
         ValueError: It can't be read, or not exactly.
     """
     raw = folder.json(CONFIG_FILE)
-    cfg = raw if _is_current(raw) else _of_flat(raw)
+    fields = checked_fields(CONFIG_FILE, _Config, raw)
+    metadata = fields.metadata or _Metadata()
+    # SAELens goes by the version, too.
+    version = fields.sae_lens_version or metadata.sae_lens_version
+    current = version is not None and int(version.split(".")[0]) >= 6
+    cfg = raw if current else _of_flat(raw, fields)
     weights = folder.tensors(WEIGHTS_FILE)
-    check_finite(weights)
+    check_values(weights)
     factor = weights.pop("scaling_factor", None)
     if factor is not None and not factor.is_meta and not bool((factor == 1).all()):
         raise ValueError(
@@ -39,38 +75,33 @@ def read(folder: Folder, wanted: Wanted) -> Published:
     if cfg.get("architecture") == "gated":
         weights.pop("b_enc", None)
     sae = sae_from_parts(cfg, weights, activation_scale=wanted.activation_scale)
-    metadata = cfg.get("metadata") or {}
-    hook = metadata.get("hook_name") or metadata.get("hf_hook_name")
+    hook = metadata.hook_name or metadata.hf_hook_name if current else _flat_hook(fields)
     block = block_of_hook(hook) if hook else None
     return Published(sae, raw, block, f"{CONFIG_FILE} (hook_name {hook})")
 
 
-def _is_current(cfg: Mapping[str, Any]) -> bool:
-    """Whether it is in the form of 6.0 and later: SAELens goes by the version in it."""
-    version = cfg.get("sae_lens_version") or (cfg.get("metadata") or {}).get("sae_lens_version")
-    return bool(version) and int(str(version).split(".")[0]) >= 6
+def _flat_hook(fields: _Config) -> str:
+    return fields.hook_name or fields.hook_point or ""
 
 
-def _of_flat(cfg: Mapping[str, Any]) -> dict[str, Any]:
+def _of_flat(raw: dict[str, Any], fields: _Config) -> dict[str, Any]:
     """A flat configuration in the present form."""
-    activation = cfg.get("activation_fn_str") or cfg.get("activation_fn") or "relu"
-    k = (cfg.get("activation_fn_kwargs") or {}).get("k")
-    architecture = cfg.get("architecture", "standard")
+    activation = fields.activation_fn_str or fields.activation_fn or "relu"
+    k = fields.activation_fn_kwargs.k if fields.activation_fn_kwargs else None
+    architecture = fields.architecture
     if activation == "topk" and k is not None:
         architecture = "topk"
     elif activation not in ("relu", "topk"):
         raise ValueError(f"{CONFIG_FILE}: activation_fn = {activation!r} can't be read, only relu")
-    normalisation = cfg.get("normalize_activations")
+    normalisation = fields.normalize_activations
     if isinstance(normalisation, bool):
         normalisation = "expected_average_only_in" if normalisation else "none"
-    hook = cfg.get("hook_name") or cfg.get("hook_point") or ""
     return {
         "architecture": architecture,
-        "d_in": cfg.get("d_in"),
-        "d_sae": cfg.get("d_sae"),
+        "d_in": raw.get("d_in"),
+        "d_sae": raw.get("d_sae"),
         "k": k,
-        "apply_b_dec_to_input": cfg.get("apply_b_dec_to_input", True),
+        "apply_b_dec_to_input": fields.apply_b_dec_to_input,
         "normalize_activations": normalisation,
-        "reshape_activations": "hook_z" if "hook_z" in hook else "none",
-        "metadata": {"hook_name": hook},
+        "reshape_activations": "hook_z" if "hook_z" in _flat_hook(fields) else "none",
     }

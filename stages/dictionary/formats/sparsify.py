@@ -7,11 +7,13 @@ releases call a folder `layer_L` for the *input* of block L (`hidden_states[L]`)
 from __future__ import annotations
 
 import re
+from typing import Literal
 
+from stages.dictionary.formats.fields import Fields, checked_fields
 from stages.dictionary.formats.folder import Folder
 from stages.dictionary.formats.hooks import block_before, block_of_hook
 from stages.dictionary.formats.published import Published, Wanted
-from stages.dictionary.formats.weights import agree, assembled_sae, check_names, stated
+from stages.dictionary.formats.weights import agree, assembled_sae, check_names
 
 _CONFIG, _WEIGHTS = "cfg.json", "sae.safetensors"
 _NAMES = {
@@ -20,6 +22,18 @@ _NAMES = {
     "W_dec": "W_dec",
     "b_dec": "b_dec",
 }
+
+
+class _Config(Fields):
+    d_in: int
+    k: int
+    num_latents: int | None = 0
+    expansion_factor: int = 0
+    activation: Literal["topk"] = "topk"
+    # Signed ones keep the largest by absolute value, and codes are then negative too.
+    signed: Literal[False] = False
+    transcode: Literal[False] = False
+    skip_connection: Literal[False] = False
 
 
 def files(folder: Folder, wanted: Wanted) -> list[str]:
@@ -33,26 +47,19 @@ def read(folder: Folder, wanted: Wanted) -> Published:
     Raises:
         ValueError: It can't be read, or not exactly.
     """
-    cfg = folder.json(_CONFIG)
-    stated(_CONFIG, "activation", cfg.get("activation", "topk"), ("topk",))
-    # Signed ones keep the largest by absolute value, and codes are then negative too.
-    for key in ("signed", "transcode", "skip_connection"):
-        stated(_CONFIG, key, cfg.get(key, False), (False,))
+    raw = folder.json(_CONFIG)
+    cfg = checked_fields(_CONFIG, _Config, raw)
     tensors = folder.tensors(_WEIGHTS)
     check_names(_WEIGHTS, tensors, _NAMES.values())
-    if type(cfg.get("k")) is not int:
-        raise ValueError(f"{_CONFIG}: k must be an integer, got {cfg.get('k')!r}")
-    sae = assembled_sae(
-        _NAMES, tensors, encoder_transposed=True, decoder_transposed=False, k=cfg["k"]
-    )
-    agree(_CONFIG, "d_in", cfg.get("d_in"), sae.config.d_in)
-    if cfg.get("num_latents"):
-        agree(_CONFIG, "num_latents", cfg["num_latents"], sae.config.d_sae)
-    elif "expansion_factor" in cfg:
-        factor = cfg["expansion_factor"]
-        agree(_CONFIG, "d_in * expansion_factor", cfg["d_in"] * factor, sae.config.d_sae)
+    sae = assembled_sae(_NAMES, tensors, encoder_transposed=True, decoder_transposed=False, k=cfg.k)
+    agree(_CONFIG, "d_in", cfg.d_in, sae.config.d_in)
+    if cfg.num_latents:
+        agree(_CONFIG, "num_latents", cfg.num_latents, sae.config.d_sae)
+    elif "expansion_factor" in cfg.model_fields_set:
+        factor = cfg.expansion_factor
+        agree(_CONFIG, "d_in * expansion_factor", cfg.d_in * factor, sae.config.d_sae)
     name = folder.path_parts[-1]
-    return Published(sae, cfg, _block(name), f"the folder's name {name}")
+    return Published(sae, raw, _block(name), f"the folder's name {name}")
 
 
 def _block(folder: str) -> int | None:

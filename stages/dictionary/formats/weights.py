@@ -32,26 +32,17 @@ def check_names(
         )
 
 
-def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse weights with a NaN or an infinity; those on the meta device have no values.
+def check_values(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse weights of integers, or with a NaN or an infinity (none on the meta device).
 
     Raises:
         ValueError: With the weight's name.
     """
     for name, weight in tensors.items():
+        if not weight.is_floating_point():
+            raise ValueError(f"{name} holds no floating-point numbers")
         if not weight.is_meta and not bool(weight.isfinite().all()):
             raise ValueError(f"{name} holds a NaN or an infinity")
-
-
-def stated(file: str, key: str, value: object, allowed: Collection[object]) -> None:
-    """Refuse a setting that would change the codes in a way that isn't known here.
-
-    Raises:
-        ValueError: With the value and those that can be read.
-    """
-    if value not in allowed:
-        known = ", ".join(repr(one) for one in allowed)
-        raise ValueError(f"{file}: {key} = {value!r} can't be read, only {known}")
 
 
 def oriented(name: str, weight: Tensor, rows: int, columns: int, *, transposed: bool) -> Tensor:
@@ -99,9 +90,9 @@ def assembled_sae(
         normalisation: Of its input.
 
     Raises:
-        ValueError: A shape is wrong, or a weight isn't finite.
+        ValueError: A shape is wrong, or a weight isn't floating-point or not finite.
     """
-    check_finite({name: tensors[name] for name in names.values()})
+    check_values({name: tensors[name] for name in names.values()})
     found = {ours: tensors[theirs] for ours, theirs in names.items()}
     for ours in ("b_enc", "b_dec"):
         if found[ours].ndim != 1:
