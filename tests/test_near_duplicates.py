@@ -20,7 +20,7 @@ from scipy.sparse import csr_array
 from pipeline.config import read_config
 from pipeline.why import story
 from stages.base import Each, in_turn
-from stages.errors import ConfigError
+from stages.errors import ConfigError, StageError
 from stages.ingest import IngestReport, IngestSettings, NearDuplicateSettings, ingest, iter_rows
 from stages.ingest.bands import bands_of, candidate_probability
 from stages.ingest.clusters import Duplicates
@@ -298,6 +298,19 @@ def test_declared_rule_says_which_row_stays(tmp_path: Path) -> None:
     anchor = second.model_copy(update={"role": "anchor"})
     # Rows of anchors go before all others, and are never dropped.
     assert kept(6, first, anchor, prefer=["a"]) == [("b", 0), ("b", 1)]
+
+
+def test_an_error_while_sources_are_read_leaves_their_rejects_and_no_scratch(
+    tmp_path: Path,
+) -> None:
+    good = pool(tmp_path, "good", [LONG, LONG + " sixteen"])
+    bad = Source(name="bad", path=lines(tmp_path / "bad.jsonl", [{"question": "Who?"}]))
+    store = Store(str(tmp_path / "run"))
+    chosen = IngestSettings(near_duplicates=NearDuplicateSettings())
+    with pytest.raises(StageError, match="source bad: 1 of 1 records are rejected"):
+        ingest([good, bad], [], chosen, store)
+    assert store.read_table("rejects/part-00000.parquet")["source"].to_pylist() == ["bad"]
+    assert not store.exists("scratch")
 
 
 def test_rows_without_words_are_no_duplicates(tmp_path: Path) -> None:
