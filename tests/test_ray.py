@@ -193,7 +193,9 @@ def test_mixture_over_ray_tasks_equals_the_local_one(
         )
         run.write_table("selection/decisions.parquet", decisions)
         columns = RunColumns(run, tuple(run.names("ingest")), homes, 180, each=each)
-        settings = MixtureSettings(method=method, rows_per_source=20, max_rows_per_source=40)
+        settings = MixtureSettings(
+            method=method, rows_per_source=20, max_rows_per_source=40, tolerance=1e-6
+        )
         stage = MixtureStage(settings, Supply(None, "rows", {}, frozenset()), seed=1)
         report = stage.decide(columns, cloud, {"selection": run.child("selection")}).report
         problem = Problem(
