@@ -21,7 +21,7 @@ import math
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, PositiveInt
 
 from stages.dictionary.formats.fields import Fields, checked_fields
 from stages.dictionary.formats.folder import Folder
@@ -47,7 +47,7 @@ class _Norms(Fields):
 
 
 class _Config(Fields):
-    d_model: int
+    d_model: PositiveInt
     d_sae: int
     act_fn: Annotated[Literal["jumprelu", "topk", "relu"], BeforeValidator(_lower)]
     jump_relu_threshold: float | None = None
@@ -83,7 +83,7 @@ def read(folder: Folder, wanted: Wanted) -> Published:
         )
     tensors = folder.tensors(_WEIGHTS)
     if not cfg.use_decoder_bias and "encoder.weight" in tensors:
-        tensors["decoder.bias"] = tensors["encoder.weight"].new_zeros(max(cfg.d_model, 0))
+        tensors["decoder.bias"] = tensors["encoder.weight"].new_zeros(cfg.d_model)
     check_names(_WEIGHTS, tensors, _NAMES.values())
     threshold = _threshold(cfg)
     names = dict(_NAMES)
