@@ -136,9 +136,10 @@ def text_config(settings: ModelSettings) -> PreTrainedConfig:
 
     folder = model_folder(settings.model)
     try:
-        return AutoConfig.from_pretrained(
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
             folder, trust_remote_code=settings.trust_remote_code
-        ).get_text_config()
+        )
+        return config.get_text_config()
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model {settings.model}: cannot read its configuration: {error}"
