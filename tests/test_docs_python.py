@@ -8,9 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import stages as st
-from pipeline.config import Recipe
-
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -34,10 +31,6 @@ def test_the_page_runs_without_ray(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == "came to the end"
     # Frames, with vectors of the encoder's width.
     assert "DataFrame [384, 384, 384, 384, 384]" in done.stdout
-    # The page goes through every section of a recipe, and progress of every stage is shown. None of
-    # the models that ship in packages can think or not.
-    called = set(re.findall(r"session\.(\w+)\(", "".join(blocks)))
-    shown = set(re.findall(r"^\s*(\w+):", done.stderr.replace("\r", "\n"), re.M))
-    sections = set(Recipe.model_fields) & {name for name in dir(st.Session) if name[0] != "_"}
-    assert sections - called == {"thinking"}
-    assert called - shown == {"ingest", "close"}
+    # Progress of every stage is shown.
+    for stage in ("difficulty", "reflection", "dictionary", "embedding", "emission"):
+        assert stage in done.stderr
