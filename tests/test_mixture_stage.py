@@ -555,42 +555,6 @@ def test_too_many_sources_are_refused_before_any_vector_is_read(
         stage.decide(NotRead(decisions, 100), Tables(wanted, 500), {"selection": store})
 
 
-@pytest.mark.slow
-@BOTH
-def test_two_thousand_sources_find_the_planted_ones(tmp_path: Path, method: str) -> None:
-    rng = np.random.default_rng(4)
-    n_sources, each = 2000, 10
-    centres = rng.normal(size=(n_sources, 16))
-    source = np.repeat(np.arange(n_sources), each)
-    x = centres[source] + 0.3 * rng.normal(size=(source.size, 16))
-    y = centres[rng.choice(3, 200, p=[0.5, 0.3, 0.2])] + 0.3 * rng.normal(size=(200, 16))
-    ids = [f"{i:032x}" for i in range(source.size)]
-    rows = pa.table({"id": ids, "embedding": list(x.astype(np.float32))})
-    wanted = pa.table(
-        {
-            "id": [f"t{j}" for j in range(200)],
-            "task": ["a"] * 200,
-            "embedding": list(y.astype(np.float32)),
-        }
-    )
-    decisions = pa.table(
-        {
-            "id": ids,
-            "source": [f"s{k:04d}" for k in source],
-            "keep": [True] * len(ids),
-            "reason": ["kept"] * len(ids),
-            "tokens": [1] * len(ids),
-        }
-    )
-    report = solve(tmp_path, (rows, wanted, decisions), 5000, method=method)
-    found = [report["weights"][f"s{k:04d}"] for k in range(3)]
-    assert found == pytest.approx([0.5, 0.3, 0.2], abs=0.08)
-    assert report["lower_bound"] <= report["upper_estimate"]
-    low, high = report["ranges"]["s1999"]
-    assert low == 0
-    assert high < 0.2
-
-
 # Shards on workers
 
 
