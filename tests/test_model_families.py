@@ -55,14 +55,12 @@ def gpt2() -> Any:
     return GPT2LMHeadModel(config).eval()
 
 
-MODELS = pytest.mark.parametrize(
-    "model",
-    [
-        pytest.param(gemma2(["sliding_attention", "full_attention"] * 2), id="Gemma 2"),
-        pytest.param(gemma2(["full_attention"] * 4), id="Gemma 2, every layer reads all"),
-        pytest.param(gpt2(), id="GPT-2"),
-    ],
-)
+@pytest.fixture(scope="module", params=["Gemma 2", "Gemma 2, every layer reads all", "GPT-2"])
+def model(request: pytest.FixtureRequest) -> Any:
+    if request.param == "GPT-2":
+        return gpt2()
+    first = "sliding_attention" if request.param == "Gemma 2" else "full_attention"
+    return gemma2([first, "full_attention"] * 2)
 
 
 def saved(model: Any, folder: Path) -> ModelSettings:
@@ -77,7 +75,6 @@ def log_probs(model: Any, ids: list[int]) -> torch.Tensor:
     return logits.log_softmax(-1).gather(1, torch.tensor(ids)[1:, None])[:, 0]
 
 
-@MODELS
 def test_reader_reads_the_states_of_the_library(model: Any, tmp_path: Path) -> None:
     """Padded batches of several lengths, against one sequence at a time."""
     reader = TransformersReader(saved(model, tmp_path))
@@ -92,7 +89,6 @@ def test_reader_reads_the_states_of_the_library(model: Any, tmp_path: Path) -> N
         np.testing.assert_allclose(found, np.concatenate(expected), rtol=1e-4, atol=1e-4)
 
 
-@MODELS
 def test_scorer_scores_as_the_library_does(model: Any, tmp_path: Path) -> None:
     scorer = TransformersScorer(saved(model, tmp_path))
     expected = [
@@ -107,7 +103,6 @@ def test_scorer_scores_as_the_library_does(model: Any, tmp_path: Path) -> None:
         np.testing.assert_allclose(found.log_probs[row], logits.log_softmax(-1), atol=1e-4)
 
 
-@MODELS
 def test_gradient_norms_are_those_of_the_librarys_loss(model: Any, tmp_path: Path) -> None:
     found = TransformersScorer(saved(model, tmp_path)).gradient_norms(REQUESTS)
     weight = model.get_input_embeddings().weight
@@ -119,7 +114,6 @@ def test_gradient_norms_are_those_of_the_librarys_loss(model: Any, tmp_path: Pat
         assert norm == pytest.approx(float(gradient.norm()), rel=1e-3)
 
 
-@MODELS
 def test_losses_with_other_states_in_a_blocks_place_are_the_librarys(
     model: Any, tmp_path: Path
 ) -> None:

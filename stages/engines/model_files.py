@@ -233,7 +233,7 @@ def output_head_of(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Ten
     Source: Gemma 2 (arXiv 2408.00118), section 2.
     """
     find: Callable[[], Any] = model.get_output_embeddings
-    head = find()
+    head: Callable[[torch.Tensor], torch.Tensor] = find()
     bound = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     return head if bound is None else lambda states: bound * (head(states) / bound).tanh()
 
