@@ -136,13 +136,14 @@ def text_config(settings: ModelSettings) -> PreTrainedConfig:
 
     folder = model_folder(settings.model)
     try:
-        return AutoConfig.from_pretrained(
+        found: PreTrainedConfig = AutoConfig.from_pretrained(
             folder, trust_remote_code=settings.trust_remote_code
         ).get_text_config()
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model {settings.model}: cannot read its configuration: {error}"
         ) from error
+    return found
 
 
 def decoder_shape(settings: ModelSettings) -> tuple[int, int]:
