@@ -116,7 +116,7 @@ def ours(x: Tensor, chosen: argparse.Namespace, rate: float | None, kind: str, e
         k=chosen.k,
         steps=steps,
         training=kind,  # type: ignore[arg-type]
-        encoder=encoder,  # type: ignore[arg-type]
+        encoder_start=encoder,  # type: ignore[arg-type]
         learning_rate=rate,
         warmup_steps=steps // 20,
         decay_steps=steps // 5,

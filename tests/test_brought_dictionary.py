@@ -36,7 +36,7 @@ from stages.storage import Store
 @pytest.mark.parametrize("field", TRAINING_FIELDS)
 def test_settings_of_training_are_refused_by_name_beside_a_path(field: str) -> None:
     value = {
-        "training": "topk", "encoder": "fitted", "refit": True,
+        "training": "topk", "encoder_start": "fitted", "refit": True,
         "learning_rate": 0.5, "warmup_share": 0.3,
     }  # fmt: skip
     with pytest.raises(ValueError, match=f"nothing is trained: leave out {field}"):

@@ -33,7 +33,7 @@ class AutoencoderSettings(Settings):
     training: Literal["topk", "batchtopk"] = Field(
         default="batchtopk", description="batchtopk is saved as jumprelu, topk as topk."
     )
-    encoder: Literal["transpose", "fitted"] = Field(
+    encoder_start: Literal["transpose", "fitted"] = Field(
         default="transpose",
         description="What the encoder starts as: the decoder's transpose, or that fitted in scale "
         "to the first batch, which reconstructs better and leaves more latents unused.",

@@ -285,7 +285,7 @@ class _Training:
             k=autoencoder.k,
             steps=settings.steps,
             training=autoencoder.training,
-            encoder=autoencoder.encoder,
+            encoder_start=autoencoder.encoder_start,
             learning_rate=settings.learning_rate,
             warmup_steps=int(settings.warmup_share * settings.steps),
             decay_steps=int(settings.decay_share * settings.steps),

@@ -214,7 +214,7 @@ class DictionaryStage:
                 k=settings.k,
                 steps=settings.steps,
                 training=settings.training,
-                encoder=settings.encoder,
+                encoder_start=settings.encoder_start,
                 learning_rate=settings.learning_rate,
                 warmup_steps=int(settings.warmup_share * settings.steps),
                 # A latent that hasn't fired in a twentieth of the training is revived by AuxK.

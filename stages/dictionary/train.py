@@ -42,7 +42,7 @@ class TrainingConfig:
         k: Active latents per token; their mean for BatchTopK.
         steps: Optimiser steps.
         training: ``topk`` gives a ``topk`` autoencoder; ``batchtopk`` gives a ``jumprelu`` one.
-        encoder: What the encoder starts as: the decoder's ``transpose``, or that ``fitted`` in
+        encoder_start: What the encoder starts as: the decoder's ``transpose``, or that ``fitted`` in
             scale to the first batch.
         learning_rate: Peak rate; None is ``2e-4 / sqrt(n / 2^14)``.
         warmup_steps: First steps, over which the rate rises. The threshold is estimated after them.
@@ -63,7 +63,7 @@ class TrainingConfig:
     k: int
     steps: int
     training: Literal["topk", "batchtopk"] = "batchtopk"
-    encoder: Literal["transpose", "fitted"] = "transpose"
+    encoder_start: Literal["transpose", "fitted"] = "transpose"
     learning_rate: float | None = None
     warmup_steps: int = 0
     decay_steps: int = 0
@@ -77,8 +77,10 @@ class TrainingConfig:
         """Refuse values with which training is undefined."""
         if self.training not in ("topk", "batchtopk"):
             raise ValueError(f"training must be 'topk' or 'batchtopk', got {self.training!r}")
-        if self.encoder not in ("transpose", "fitted"):
-            raise ValueError(f"encoder must be 'transpose' or 'fitted', got {self.encoder!r}")
+        if self.encoder_start not in ("transpose", "fitted"):
+            raise ValueError(
+                f"encoder_start must be 'transpose' or 'fitted', got {self.encoder_start!r}"
+            )
         # TopK's configuration holds the rules for the sizes and for k.
         SparseAutoencoderConfig(self.d_in, self.d_sae, "topk", self.k)
         if self.aux_k is not None and self.aux_k < 1:
@@ -285,7 +287,7 @@ class Trainer:
     def _start(self, x: Tensor) -> None:
         weights = self._parameters
         weights.decoder_bias.copy_(geometric_median(x))
-        if self.config.encoder == "fitted":
+        if self.config.encoder_start == "fitted":
             # Latents that lie near a token lie near each other too, and in sum they overshoot.
             # A scale changes none of the choices of a top-k while the encoder's bias is zero.
             bias = weights.decoder_bias
