@@ -42,8 +42,7 @@ class TrainingConfig:
         k: Active latents per token; their mean for BatchTopK.
         steps: Optimiser steps.
         training: ``topk`` gives a ``topk`` autoencoder; ``batchtopk`` gives a ``jumprelu`` one.
-        encoder_start: What the encoder starts as: the decoder's ``transpose``, or that ``fitted`` in
-            scale to the first batch.
+        encoder_start: The decoder's ``transpose``, or that ``fitted`` in scale to the first batch.
         learning_rate: Peak rate; None is ``2e-4 / sqrt(n / 2^14)``.
         warmup_steps: First steps, over which the rate rises. The threshold is estimated after them.
         decay_steps: Last steps, over which the rate falls towards zero.
