@@ -123,10 +123,11 @@ def curve(across: Numbers, up: Numbers, marked: float, label: str) -> Markup:
         marked: where the mark stands.
         label: for screen readers.
     """
-    left, right, top, bottom = 44.0, 314.0, 8.0, 104.0
+    left, right, top, bottom = 52.0, 314.0, 8.0, 104.0
     low, high = min(float(across[0]), marked), max(float(across[-1]), marked)
     floor, peak = float(up.min()), float(up.max())
     deep = (peak - floor) or 1.0
+    digits = next((n for n in range(3, 7) if f"{peak:.{n}g}" != f"{floor:.{n}g}"), 3)
 
     def place(value: float) -> float:
         return left + (value - low) / (high - low) * (right - left)
@@ -138,8 +139,8 @@ def curve(across: Numbers, up: Numbers, marked: float, label: str) -> Markup:
     body = (
         f'<path class="c-line" d="M{"L".join(spots)}"/>'
         f'<path class="c-diagonal" d="M{place(marked):.1f} {top}V{bottom}"/>'
-        f'<text x="{left - 4}" y="{top + 8}" text-anchor="end">{peak:.3g}</text>'
-        f'<text x="{left - 4}" y="{bottom}" text-anchor="end">{floor:.3g}</text>'
+        f'<text x="{left - 4}" y="{top + 8}" text-anchor="end">{peak:.{digits}g}</text>'
+        f'<text x="{left - 4}" y="{bottom}" text-anchor="end">{floor:.{digits}g}</text>'
     )
     return _svg(320, 126, label, body + _axis(low, high, left, right, bottom))
 
@@ -178,7 +179,7 @@ def point_map(points: Numbers, names: Sequence[str | None], label: str) -> Marku
         f'<circle class="c-line" cx="432" cy="{y - 4}" r="3.4"/>'
         f'<text x="442" y="{y}">targets</text>'
     )
-    return _svg(600, max(tall, y) + 10, label, "".join(parts))
+    return _svg(600, max(tall, y) + 10, label, "".join(parts), "map")
 
 
 def flow(
@@ -261,7 +262,8 @@ def _axis(low: float, high: float, left: float, right: float, level: float) -> s
     return "".join(parts)
 
 
-def _svg(width: int, height: int, label: str, body: str) -> Markup:
+def _svg(width: int, height: int, label: str, body: str, kind: str = "chart") -> Markup:
     return Markup(
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{body}</svg>'
+        f'<svg class="{kind}" viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="{escape(label)}">{body}</svg>'
     )
