@@ -125,6 +125,9 @@ def test_files_without_rows_are_named(write: Callable[..., Config], tmp_path: Pa
     path = lines_of(tmp_path / "odd.jsonl", [{"ask": "a", "reply": "b"}])
     with pytest.raises(ConfigError, match=r"odd\.jsonl.*1 unknown_form.*columns ask, reply"):
         write([path])
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ConfigError, match=r"empty\.jsonl holds no record; leave it out"):
+        write([str(tmp_path / "empty.jsonl")])
     with pytest.raises(ConfigError, match="gone"):
         write([str(tmp_path / "gone.jsonl")])
 

@@ -168,6 +168,8 @@ def _readable(source: Source) -> Source:
         counts = _alone(chosen)
         if counts["kept"]:
             return chosen
+    if not counts["in"]:
+        raise ConfigError(f"{source.path} holds no record; leave it out")
     raise ConfigError(
         f"{source.path}: none of its {counts['in']} records can be a row "
         f"({_counted(counts['rejected'])}; for example: {counts['example']}); give the recipe a "
