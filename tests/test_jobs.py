@@ -238,6 +238,8 @@ def ready(recipe: Any) -> Any:
 def test_job_is_found_again_stopped_gone_on_with_and_done(guarded: str, recipe: Any) -> None:
     ready(recipe).value["execution"]["backend"] = "ray"
     recipe.save()
+    # Many shards: the driver has most of them before it when it is stopped.
+    recipe.write_rows("apples", 0, 400)
     address = ("--address", guarded)
     wrong = tamis("submit", str(recipe.path), *address, RAY_AUTH_TOKEN="f" * 64)
     assert wrong.returncode == 2, wrong.stderr
@@ -285,11 +287,11 @@ def test_job_is_found_again_stopped_gone_on_with_and_done(guarded: str, recipe: 
     assert tamis("submit", str(recipe.path), *address, **known).returncode == 0
     assert (recipe.run_folder / "dataset" / "manifest.json").exists()
     assert "data set:" in tamis("job", "logs", job, *address, **known).stdout
-    recipe.write_rows("apples", 0, 12)
+    recipe.write_rows("apples", 0, 402)
     more = tamis("submit", str(recipe.path), *address, **known)
     assert more.stdout.startswith(f"job {job}: submitted")
     manifest = json.loads((recipe.run_folder / "ingest" / "manifest.json").read_text())
-    assert manifest["rows"] == 21
+    assert manifest["rows"] == 411
 
 
 @pytest.mark.slow
