@@ -50,18 +50,23 @@ def columns_of(run: Path, stage: str, *names: str) -> dict[str, list[Any]]:
     return pa.concat_tables(tables).select(list(names)).to_pydict()
 
 
+def ingested(session: Any, folder: Path) -> tuple[Any, Any]:
+    """Rows and targets of the recipe's files."""
+    found = session.ingest(
+        {"apples": str(folder / "apples.jsonl"), "pears": str(folder / "pears.jsonl")},
+        {"plums": str(folder / "plums.jsonl")},
+        rows_per_shard=8,
+    )
+    return found.rows, found.targets
+
+
 def test_session_gives_what_a_run_gives(
     recipe: Any, execute: Any, session: Any, engines: CountedEngines
 ) -> None:
     recipe.value["reflection"] |= {"limit": 11, "where": "ifd > 0.5"}
     execute()
     run, folder = recipe.run_folder, recipe.path.parent
-    found = session.ingest(
-        {"apples": str(folder / "apples.jsonl"), "pears": str(folder / "pears.jsonl")},
-        {"plums": str(folder / "plums.jsonl")},
-        rows_per_shard=8,
-    )
-    rows, targets = found.rows, found.targets
+    rows, targets = ingested(session, folder)
     ids = columns_of(run, "ingest", "id", "messages")
     assert rows.select(["id", "messages"]).to_pydict() == ids
 
@@ -120,12 +125,7 @@ def test_scores_concepts_and_explanations_are_those_of_a_run(
     }
     execute()
     run, folder = recipe.run_folder, recipe.path.parent
-    found = session.ingest(
-        {"apples": str(folder / "apples.jsonl"), "pears": str(folder / "pears.jsonl")},
-        {"plums": str(folder / "plums.jsonl")},
-        rows_per_shard=8,
-    )
-    rows, targets = found.rows, found.targets
+    rows, targets = ingested(session, folder)
     dictionary = session.dictionary(rows, layer=2, expansion=2, k=4, steps=6, batch=32)
     prototypes = session.prototypes(rows, targets, dictionary, active_above=0.0)
     rows, targets = session.features(rows, prototypes), session.features(targets, prototypes)
