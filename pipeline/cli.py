@@ -170,7 +170,13 @@ def verify(
 @app.command()
 def why(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")],
-    row: Annotated[str, typer.Argument(metavar="ID", help="A row's id, or its first digits.")],
+    row: Annotated[
+        str,
+        typer.Argument(
+            metavar="ID|SOURCE:N",
+            help="A row's id, or its first digits; or its source or file and its record's number.",
+        ),
+    ],
     full: Annotated[bool, typer.Option("--full", help="Show whole texts.")] = False,
     debug: Debug = False,
 ) -> None:

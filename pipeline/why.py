@@ -24,37 +24,61 @@ _MARKS = {"equal": "{}", "delete": "[-{}-]", "insert": "{{+{}+}}"}
 _OWN = ("id", "key", "messages_reflected", "embedding", "prefix_prompt_ids", "prefix_ids")
 """Columns that are shown otherwise, or say nothing to a person."""
 
+_NAMED = ["id", "source", "file", "record"]
+_RECORD = re.compile(r"(.+):(\d+)")
+_BESIDE = ("prefix", "concepts")
+"""Folders of a data set whose lines are of emitted rows too."""
+
 Turns = list[Mapping[str, Any]]
 
 
 def story(url: str, row: str, *, full: bool = False) -> str:
-    """What happened to a row, as text; of a row that ingest rejected, why.
+    """What happened to a row, as text; of a record that ingest rejected, why.
 
     Args:
         url: the run directory.
-        row: the row's id, or enough of its first digits.
+        row: the row's id, or enough of its first digits; or `SOURCE:N` or `FILE:N`, the number of a
+            record as reports and rejects have it, for records that never had an id too.
         full: show whole texts; else long ones are cut.
 
     Raises:
-        ConfigError: no run is there, or the id fits no row or several.
+        ConfigError: no run is there, or what was named fits no row or several.
     """
     return "\n".join(_Story(opened_run(url), full).lines(row))
 
 
 def found_row(run: Store, row: str) -> tuple[str, int, dict[str, Any]] | None:
-    """Shard, place and record of the row whose id begins so; None where no row's does."""
+    """Shard, place and record of the row that is named so; None where none is.
+
+    Args:
+        run: the run.
+        row: the first digits of its id, or its source or file and the number of its record.
+
+    Raises:
+        ConfigError: several rows are named so.
+    """
     hits: list[tuple[str, int, str]] = []
     for part in parts(run, "ingest"):
-        ids = run.read_table(f"ingest/{part}", ["id"])["id"]
-        places = pc.indices_nonzero(pc.starts_with(ids, row)).to_pylist()
-        hits += [(part, place, ids[place].as_py()) for place in places]
+        names = run.read_table(f"ingest/{part}", _NAMED)
+        places = pc.indices_nonzero(_are_named(names, row)).to_pylist()
+        hits += [(part, place, names["id"][place].as_py()) for place in places]
     if not hits:
         return None
     if len(hits) > 1:
-        raise ConfigError(f"{len(hits)} rows begin with {row}: {', '.join(h[2] for h in hits[:5])}")
+        raise ConfigError(f"{len(hits)} rows fit {row}: {', '.join(h[2] for h in hits[:5])}")
     part, place, _ = hits[0]
     record = run.read_table(f"ingest/{part}").slice(place, 1).to_pylist()[0]
     return part, place, record
+
+
+def _are_named(rows: pa.Table, name: str) -> pa.ChunkedArray:
+    """Of each row, whether it is named so; bool."""
+    record = _RECORD.fullmatch(name)
+    if record is None:
+        return pc.fill_null(pc.starts_with(rows["id"], name), False)
+    of, number = record.groups()
+    held = pc.or_(pc.equal(rows["source"], of), pc.equal(rows["file"], of))
+    return pc.and_(held, pc.equal(rows["record"], int(number)))
 
 
 @dataclass(frozen=True)
@@ -88,17 +112,19 @@ class _Story:
         return lines + self._decision(record)
 
     def _rejected(self, row: str) -> list[str]:
-        """The story of a row that ingest rejected."""
-        hits = self._rejects(lambda rejects: pc.starts_with(rejects["id"], row))
-        ids = sorted({hit["id"] for hit in hits})
+        """The story of a record that ingest rejected."""
+        hits = self._rejects(lambda rejects: _are_named(rejects, row))
         if not hits:
             raise ConfigError(
-                f"{self.run.url} holds no row whose id begins with {row}; a record that could not "
-                "be read has no id: look in ingest/rejects"
+                f"{self.run.url} holds no row whose id begins with {row}, and no source or file "
+                "with a record of that name; a record that could not be read has no id: name it as "
+                "SOURCE:NUMBER, counted from 0"
             )
-        if len(ids) > 1:
-            raise ConfigError(f"{len(ids)} rejected rows begin with {row}: {', '.join(ids[:5])}")
-        lines = [_line("row", ids[0])]
+        # A record's copies are rejected under the same id.
+        rows = sorted({hit["id"] or _origin(hit) for hit in hits})
+        if len(rows) > 1:
+            raise ConfigError(f"{len(rows)} rejected records fit {row}: {', '.join(rows[:5])}")
+        lines = [_line("row", hits[0]["id"] or "no id: it never was a row")]
         for hit in hits:
             lines.append(_line("source", _origin(hit)))
             lines.append(_line("ingest", f"rejected: {hit['reason']}"))
@@ -122,7 +148,7 @@ class _Story:
         found: list[dict[str, Any]] = []
         for part in parts(self.run, "ingest/rejects"):
             name = f"ingest/rejects/{part}"
-            places = pc.indices_nonzero(wanted(self.run.read_table(name, ["id", "kept"])))
+            places = pc.indices_nonzero(wanted(self.run.read_table(name, [*_NAMED, "kept"])))
             if len(places):
                 found += self.run.read_table(name).take(places).to_pylist()
         return found
@@ -186,10 +212,11 @@ class _Story:
             told = f"{source} gives {facts['quota']:,} {report['unit']} of {facts['available']:,}"
             lines.append(_line("emission", f"not drawn: {told}, and others were taken"))
         for path in (file["path"] for file in emission["files"]):
-            if path.startswith("prefix/"):
+            kind = path.partition("/")[0]
+            if kind in _BESIDE and path.endswith(".parquet"):
                 ids = self.run.read_table(f"dataset/{path}", ["id"])["id"].to_pylist()
                 if record["id"] in ids:
-                    lines.append(_line("prefix", f"{path}, line {ids.index(record['id'])}"))
+                    lines.append(_line(kind, f"{path}, line {ids.index(record['id'])}"))
         return lines
 
     def _cut(self, text: str) -> str:

@@ -169,6 +169,29 @@ def test_recipe_reads_sets_beside_it_and_their_content_counts(recipe: Any, execu
     assert execute("ingest").kinds("ingest") == ["kept"]
 
 
+def test_story_of_a_record_without_id_is_found_by_its_number(recipe: Any, execute: Any) -> None:
+    pears = recipe.path.parent / "pears.jsonl"
+    count = len(pears.read_text().splitlines())
+    with pears.open("a") as file:
+        file.write(json.dumps({"question": "What about figs number 1?", "answer": ""}) + "\n")
+        file.write('{"question": \n')
+    (recipe.path.parent / "figs.jsonl").write_text('{"question": "What about figs number 1?"}\n')
+    recipe.value["contamination"] = {"sets": [{"name": "figs", "path": "figs.jsonl"}]}
+    recipe.value["ingest"]["max_reject_rate"] = 0.5
+    execute("ingest")
+    run = str(recipe.run_folder)
+    told = story(run, f"pears:{count}")
+    assert "no id" in told
+    assert "rejected: contaminated: figs, exact" in told
+    assert told == story(run, f"pears.jsonl:{count}")
+    assert "rejected: unparsable" in story(run, f"pears:{count + 1}")
+    kept = story(run, "pears:3")
+    assert "pears: pears.jsonl, record 3" in kept
+    assert "licence" in kept
+    with pytest.raises(ConfigError, match=f"pears:{count + 2}"):
+        story(run, f"pears:{count + 2}")
+
+
 # Real data
 
 
