@@ -1,4 +1,4 @@
-"""The quickstart as `make demo` runs it: every stage, real models, Ray; and its data set."""
+"""The quickstart, with fewer rows rewritten: every stage, real models, Ray; and its data set."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quickstart")
     done = subprocess.run(
         [sys.executable, "-m", "pipeline", "run", "configs/quickstart.yaml",
+         "--set", "reflection.limit=12",
          "--set", f"execution.run={folder}/run", "--set", f"execution.cache={folder}/cache"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
@@ -70,7 +71,7 @@ def test_something_was_rewritten_and_only_by_the_students_verdict(run: Path) -> 
     files = sorted((run / "reflection").glob("part-*.parquet"))
     rows = [row for file in files for row in pq.read_table(file).to_pylist()]
     asked = [row for row in rows if row["reflection_status"] != "not_requested"]
-    assert len(asked) == 32
+    assert len(asked) == 12
     rewritten = [row for row in asked if row["messages_reflected"]]
     assert rewritten
     for row in rewritten:

@@ -80,19 +80,26 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return hashes(folder / "run")
 
 
-@pytest.mark.parametrize("backend", ["local", "ray"])
-def test_killed_in_every_stage_and_run_again_gives_the_same_bytes(
-    undisturbed: dict[str, str], tmp_path: Path, backend: str
+@pytest.mark.parametrize(
+    ("backend", "stages"),
+    [
+        ("local", STAGES),
+        ("ray", ("reflection", "dictionary")),
+        pytest.param("ray", STAGES, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_in_stages_and_run_again_gives_the_same_bytes(
+    undisturbed: dict[str, str], tmp_path: Path, backend: str, stages: tuple[str, ...]
 ) -> None:
     run = tmp_path / "run"
     finished: dict[str, dict[str, int]] = {}
-    for stage in STAGES:
+    for stage in stages:
         kill_in(stage, tmp_path, backend)
         for earlier, times in finished.items():
             now = parts(run, earlier)
             assert {name: now[name] for name in times} == times, f"{earlier} was computed again"
         finished[stage] = parts(run, stage)
-    assert all(finished[stage] for stage in STAGES if stage != "dictionary")
+    assert all(finished[stage] for stage in stages if stage != "dictionary")
     done = subprocess.run(
         command(tmp_path, backend), cwd=ROOT, capture_output=True, text=True, check=False
     )
