@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -469,6 +470,27 @@ def test_why_tells_the_story_of_kept_and_dropped_rows(recipe: Any, execute: Any)
     assert "train-00000-of-00001.parquet" in story(str(recipe.run_folder), kept[:12])
     with pytest.raises(ConfigError, match="no row"):
         story(str(recipe.run_folder), "f" * 32)
+
+
+def test_anchors_are_never_rewritten_and_take_none_of_the_limit(recipe: Any, execute: Any) -> None:
+    recipe.write_rows("figs", 0, 6)
+    recipe.value["sources"].append({"name": "figs", "path": "figs.jsonl", "role": "anchor"})
+    recipe.value["reflection"] |= {"limit": 12, "where": "source != 'pears'"}
+    execute()
+    rows = [
+        row
+        for folder in ("ingest", "reflection")
+        for part in sorted((recipe.run_folder / folder).glob("part-*.parquet"))
+        for row in pq.read_table(part).to_pylist()
+    ]
+    source = {row["id"]: row["source"] for row in rows if "source" in row}
+    asked = Counter(
+        source[row["id"]]
+        for row in rows
+        if row.get("reflection_status", "not_requested") != "not_requested"
+    )
+    # The limit is larger than the apples; figs, which it could be filled with, are left alone.
+    assert asked == {"apples": Counter(source.values())["apples"]}
 
 
 def test_sources_content_is_part_of_what_a_run_knows(recipe: Any, execute: Any) -> None:

@@ -174,6 +174,18 @@ def test_tokens_are_measured_where_a_stage_counted_them() -> None:
     assert all(math.isfinite(d["tokens"]) for d in decisions)
 
 
+def test_tokens_of_rows_that_no_stage_counted_are_estimated_and_never_nothing() -> None:
+    data = rows(6)
+    data[2]["tokens"] = data[4]["tokens"] = None
+    decisions, report = decide(data)
+    text = "".join(turn["content"] for turn in data[4]["effective_messages"])
+    assert decisions[4]["tokens"] == len(text.encode()) // 4 + 1
+    assert [d["tokens"] for i, d in enumerate(decisions) if i not in (2, 4)] == [
+        row["tokens"] for i, row in enumerate(data) if i not in (2, 4)
+    ]
+    assert report["tokens_are"] == "estimated for 2 of 6 kept rows: UTF-8 bytes / 4"
+
+
 @pytest.mark.parametrize("unknown", ["block", "allow"])
 def test_license_policy_blocks_single_records_and_leaves_their_copies(unknown: Any) -> None:
     data = rows(30)

@@ -65,6 +65,7 @@ class _Rows:
         scores: float64 [n], NaN where there is none.
         lacking: rows without what the method ranks by, bool [n].
         tokens: int64 [n].
+        estimated: rows whose tokens no stage counted, bool [n].
         lists: the list column that the method ranks by, of the rows that it can rank.
     """
 
@@ -74,6 +75,7 @@ class _Rows:
     scores: FloatArray
     lacking: NDArray[np.bool_]
     tokens: IntArray
+    estimated: NDArray[np.bool_]
     lists: pa.ChunkedArray | None
 
 
@@ -81,7 +83,7 @@ class SelectionStage:
     """Keeps or drops every row; ties go to the lower id."""
 
     name = "selection"
-    version = 2
+    version = 3
 
     def __init__(
         self,
@@ -159,6 +161,7 @@ class SelectionStage:
             }
         ).cast(DECISIONS)
         report = self._report(rows.sources, reasons, keep)
+        report["tokens_are"] = _how_counted(int(keep.sum()), int((keep & rows.estimated).sum()))
         if self._counts_features:
             report["activation_coverage"] = coverage_report(columns, targets, keep)
         return Outcome({"decisions.parquet": decisions}, report)
@@ -171,6 +174,7 @@ class SelectionStage:
         scores: list[FloatArray] = []
         lacking: list[NDArray[np.bool_]] = []
         tokens: list[IntArray] = []
+        estimated: list[NDArray[np.bool_]] = []
         lists: list[pa.ChunkedArray] = []
         seen = self._anchor_texts(columns)
         responses: dict[bytes, str] = {}
@@ -187,7 +191,9 @@ class SelectionStage:
             reasons += shard
             scores.append(self._scores(table))
             lacking.append(np.array([name is not None for name in missing], dtype=bool))
-            tokens.append(self._tokens(table))
+            uncounted = self._uncounted(table)
+            estimated.append(uncounted)
+            tokens.append(_tokens(table, uncounted))
             if self._lists is not None:
                 able = [not (reason or none) for reason, none in zip(shard, missing, strict=True)]
                 lists.append(table[self._lists].filter(pa.array(able, pa.bool_())))
@@ -198,6 +204,7 @@ class SelectionStage:
             np.concatenate(scores),
             np.concatenate(lacking),
             np.concatenate(tokens),
+            np.concatenate(estimated),
             pa.chunked_array([chunk for column in lists for chunk in column.chunks], lists[0].type)
             if lists
             else None,
@@ -295,16 +302,11 @@ class SelectionStage:
             raise ConfigError(f"selection.score {self._score} is no number: {column.type}")
         return np.asarray(column.cast(pa.float64()).to_numpy(), np.float64)
 
-    def _tokens(self, table: pa.Table) -> IntArray:
-        if self._measured_tokens:
-            return np.asarray(table["tokens"].fill_null(0).to_numpy(), np.int64)
-        return np.array(
-            [
-                sum(len(turn["content"].encode()) for turn in messages) // _BYTES_PER_TOKEN + 1
-                for messages in table["effective_messages"].to_pylist()
-            ],
-            np.int64,
-        )
+    def _uncounted(self, table: pa.Table) -> NDArray[np.bool_]:
+        """Rows whose tokens no stage counted, bool [n]."""
+        if not self._measured_tokens:
+            return np.ones(table.num_rows, bool)
+        return np.asarray(table["tokens"].is_null().to_numpy(), bool)
 
     def _beyond_the_cut(self, rows: _Rows) -> list[int]:
         """Places of passing rows that rank behind the wanted number."""
@@ -362,8 +364,29 @@ class SelectionStage:
             "kept": int(keep.sum()),
             "reasons": dict(sorted(Counter(_code(reason) for reason in reasons).items())),
             "by_source": {name: dict(sorted(found.items())) for name, found in by_source.items()},
-            "tokens_are": "measured" if self._measured_tokens else "estimated: UTF-8 bytes / 4",
         }
+
+
+def _tokens(table: pa.Table, uncounted: NDArray[np.bool_]) -> IntArray:
+    """Tokens of each row's text, int64 [n]: as counted, else estimated from its bytes."""
+    if uncounted.all():
+        tokens = np.zeros(table.num_rows, np.int64)
+    else:
+        tokens = np.array(table["tokens"].fill_null(0).to_numpy(), np.int64)
+    texts = table["effective_messages"].filter(pa.array(uncounted)).to_pylist()
+    tokens[uncounted] = [
+        sum(len(turn["content"].encode()) for turn in messages) // _BYTES_PER_TOKEN + 1
+        for messages in texts
+    ]
+    return tokens
+
+
+def _how_counted(kept: int, estimated: int) -> str:
+    """Where the tokens of kept rows come from."""
+    if not estimated:
+        return "measured"
+    some = "" if estimated == kept else f" for {estimated:,} of {kept:,} kept rows"
+    return f"estimated{some}: UTF-8 bytes / {_BYTES_PER_TOKEN}"
 
 
 def _drop_semantic_duplicates(
