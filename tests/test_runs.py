@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -359,6 +360,62 @@ def test_lock_that_was_never_written_is_taken_over(tmp_path: Path) -> None:
     store.write_bytes("lock.json", b"")
     with RunLock(store):
         assert store.read_json("lock.json")["pid"] == os.getpid()
+
+
+def test_a_beat_that_fails_is_made_good_and_a_lost_lock_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Storage that fails for a moment ends no lock; one that another took is not removed."""
+    monkeypatch.setattr(rundir, "_HEARTBEAT_S", 0.01)
+    store, write = Store(str(tmp_path)), Store.write_bytes
+    fails, beaten = threading.Event(), threading.Semaphore(0)
+
+    def sometimes(self: Store, name: str, data: bytes, **options: Any) -> None:
+        beaten.release()
+        if fails.is_set():
+            raise OSError("Input/output error")
+        write(self, name, data, **options)
+
+    monkeypatch.setattr(Store, "write_bytes", sometimes)
+
+    def beats(count: int) -> None:
+        for _ in range(count):
+            assert beaten.acquire(timeout=60)
+
+    with RunLock(store) as lock:
+        beats(2)
+        fails.set()
+        beats(3)
+        fails.clear()
+        before = store.read_json("lock.json")["beat"]
+        beats(3)
+        lock.check()
+        assert store.read_json("lock.json")["beat"] >= before
+        other = {**store.read_json("lock.json"), "host": "elsewhere", "beat": time.time()}
+        assert lock._thread is not None
+        while lock._thread.is_alive():
+            # A beat that has just looked writes over it, once.
+            write(store, "lock.json", json.dumps(other).encode())
+        with pytest.raises(RunBusy, match="no longer this process's"):
+            lock.check()
+    assert store.read_json("lock.json") == other
+
+
+def test_a_run_whose_directory_was_taken_ends_before_its_next_stage(
+    recipe: Any, execute: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks = iter([None, RunBusy("taken")])
+
+    def check(_: RunLock) -> None:
+        if found := next(checks):
+            raise found
+
+    monkeypatch.setattr(RunLock, "check", check)
+    with pytest.raises(RunBusy, match="taken"):
+        execute()
+    run = Store(str(recipe.run_folder))
+    assert run.exists("ingest/manifest.json")
+    assert not run.exists("difficulty/manifest.json")
 
 
 def test_busy_directory_has_an_exit_status_of_its_own(recipe: Any) -> None:
