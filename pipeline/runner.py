@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from pipeline.backend import Backend, FitTask, LocalBackend
+from pipeline.budget import Ledger
 from pipeline.config import Config, changed_fields, recipe_yaml, run_store
 from pipeline.flow import Flow, flow_of, folder_of
 from pipeline.identity import fingerprint, generation_identity, stage_identities
@@ -30,8 +31,8 @@ from pipeline.rundir import (
 )
 from pipeline.shard import BESIDE, ShardReport, ShardTask, is_committed
 from stages.base import UNSEEN, Checked, RowStage, in_turn
-from stages.engines.chat_cache import Spent
-from stages.errors import ConfigError, StageError
+from stages.engines.spent import Spent
+from stages.errors import BudgetSpent, ConfigError, StageError
 from stages.ingest import SCRATCH, content_of, ingest
 from stages.requests import lowest_keys
 from stages.rows import NOT_REQUESTED, OK
@@ -133,6 +134,7 @@ class Run:
                 f"--restart-from {first} to compute again from there, or use another run directory"
             )
         with self._lock:
+            self._ledger = Ledger(self.store, self.config.execution.budgets)
             asyncio.run(self._execute(names if only is None else [only]))
 
     def changes(self) -> dict[str, list[str]]:
@@ -208,6 +210,7 @@ class Run:
         if manifest is not None and self._is_current(name, manifest, inputs):
             self.listener(Event(name, "kept", rows=int(manifest.get("rows", 0))))
             return
+        self._check_spent(name)
         start_stage(self.store, name, self.identities[name])
         if name == "ingest":
             rows = self._ingest(inputs)
@@ -217,6 +220,7 @@ class Run:
             rows = await self._fit_stage(name, inputs)
         else:
             rows = await self._set_stage(name, inputs)
+        self._ledger.write()
         self.listener(Event(name, "done", rows=rows, seconds=time.monotonic() - started))
 
     def is_done(self, name: str) -> bool:
@@ -546,7 +550,10 @@ class Run:
         async def one(task: ShardTask) -> None:
             async with gate:
                 self._lock.check()
+                if self._ledger.used_up(stage.engines()):
+                    return
                 report = await backend.shard(task)
+            self._ledger.add(report.spent, stage.engines())
             reports.append(report)
             self.listener(
                 Event(
@@ -567,7 +574,23 @@ class Run:
         except ExceptionGroup as failures:
             # The first failure cancels the rest; theirs say nothing more.
             raise failures.exceptions[0] from None
+        if len(reports) < len(pending):
+            self._check_spent(stage.name)
         return reports
+
+    def _check_spent(self, name: str) -> None:
+        """Stop where a budget leaves nothing for a stage.
+
+        Raises:
+            BudgetSpent: naming it.
+        """
+        stage = self.flow.rows.get(name) or self.flow.fits.get(name)
+        if used := self._ledger.used_up(stage.engines() if stage else {}):
+            raise BudgetSpent(
+                f"{name}: execution.budgets.{used}; what is finished is kept. Raise it and run "
+                "again to go on",
+                stage=name,
+            )
 
     def _check_failures(
         self, name: str, statuses: Mapping[str, int], examples: Mapping[str, str]
