@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from transformers.pytorch_utils import Conv1D
 
 from stages.engines import ScoreRequest
-from stages.engines.model_files import decoder_of, output_head_of
+from stages.engines.output_head import decoder_of, output_head_of
 from stages.engines.packing import Segment
 from stages.errors import EngineError
 
