@@ -64,6 +64,7 @@ def own_gradients(
     import torch
 
     model.requires_grad_(False)
+    # It may ask the model's own forward, which must not meet the hook.
     head = output_head_of(model)
     device = model.device
     row = torch.tensor([list(ids)], device=device)
