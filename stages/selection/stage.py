@@ -22,6 +22,7 @@ from stages.rows import LABEL, Message, row_id
 from stages.rules import rule_columns, rule_mask
 from stages.selection.activation_coverage import ACTIVE, coverage_report
 from stages.selection.methods import method_of
+from stages.selection.overrides import DROPPED_BY, KEPT_BY, overrides_digest, read_overrides
 from stages.selection.ranking import FloatArray, IntArray, best_rows, id_order
 from stages.selection.semantic import SemanticDuplicates, vectors_of
 from stages.selection.settings import SelectionSettings
@@ -50,7 +51,7 @@ _REWRITTEN = ("instruction", "response", "both")
 """Outcomes of reflection after which a teacher's response stands."""
 
 _BYTES_PER_TOKEN = 4
-_WITH_DETAIL = ("duplicate_text", "duplicate_response", "semantic_duplicate", KEPT)
+_WITH_DETAIL = ("duplicate_text", "duplicate_response", "semantic_duplicate", DROPPED_BY, KEPT)
 """Reasons that end in something of one row alone."""
 
 
@@ -116,6 +117,12 @@ class SelectionStage:
         if settings.semantic_duplicates is not None and "embedding" not in present:
             raise ConfigError("selection.semantic_duplicates needs an embedding section")
         self._named = tuple(sorted(named))
+        self._overrides = read_overrides(settings.overrides) if settings.overrides else {}
+
+    def file_contents(self) -> Mapping[str, str | None]:
+        """What people decided counts, wherever its file lies."""
+        chosen = self.settings.overrides
+        return {"overrides": overrides_digest(self._overrides) if chosen else None}
 
     def columns(self) -> Columns:
         """Ids, sources, effective texts, and the columns that it ranks by and its rules name."""
@@ -137,6 +144,7 @@ class SelectionStage:
         and about 130; with `semantic_duplicates` the vector of each kept row.
         """
         rows = self._passed(columns)
+        self._check_overrides(rows.ids)
         reasons = list(rows.reasons)
         for place in self._beyond_the_cut(rows):
             reasons[place] = "below_cut"
@@ -210,6 +218,22 @@ class SelectionStage:
             else None,
         )
 
+    def _check_overrides(self, ids: pa.ChunkedArray) -> None:
+        """Refuse decisions about rows that there aren't.
+
+        Raises:
+            StageError: naming them.
+        """
+        wanted = pa.array(sorted(self._overrides), pa.string())
+        absent = wanted.filter(pc.invert(pc.is_in(wanted, ids.combine_chunks()))).to_pylist()
+        if absent:
+            raise StageError(
+                f"selection.overrides decides about {len(absent)} rows that there aren't, such as "
+                f"{', '.join(absent[:3])}; their sources changed, or ingest rejected them "
+                "(`tamis why RUN ID` says): take them out of the file",
+                stage=self.name,
+            )
+
     def _anchor_texts(self, columns: ShardedColumns) -> dict[bytes, str]:
         """Texts that the user already trains on: they count as seen wherever they stand."""
         seen: dict[bytes, str] = {}
@@ -243,6 +267,9 @@ class SelectionStage:
             for place, stated in enumerate(table["license"].to_pylist()):
                 if reasons[place] is None and not self._policy.allows(stated):
                     reasons[place] = f"license: {license_name(stated) or 'not stated'}"
+        for place, row in enumerate(table["id"].to_pylist() if self._overrides else ()):
+            if row in self._overrides and reasons[place] is None:
+                reasons[place] = self._overrides[row].reason
         for item in self.settings.filters:
             for place, met in enumerate(rule_mask(item.rule, table).to_pylist()):
                 if not met and reasons[place] is None:
@@ -271,9 +298,11 @@ class SelectionStage:
         ids, texts = table["id"].to_pylist(), table["effective_messages"].to_pylist()
         outcomes = table[_OUTCOME].to_pylist() if self._is_reflected else [None] * len(ids)
         for place, (row, messages, outcome) in enumerate(zip(ids, texts, outcomes, strict=True)):
-            if reasons[place] is not None:
-                continue
             text = _text_key(messages)
+            if (reason := reasons[place]) is not None:
+                if reason.startswith(KEPT):
+                    seen.setdefault(text, row)
+                continue
             response = _response_key(messages) if outcome in _REWRITTEN else None
             if text in seen:
                 reasons[place] = f"duplicate_text: {seen[text]}"
@@ -451,4 +480,6 @@ def _code(reason: str | None) -> str:
     """The reason without what belongs to one row alone."""
     if reason is None:
         return KEPT
+    if reason.startswith(KEPT_BY):
+        return KEPT_BY
     return reason.split(":")[0] if reason.startswith(_WITH_DETAIL) else reason
