@@ -23,18 +23,20 @@ from stages.base import Each, in_turn
 from stages.errors import ConfigError, StageError
 from stages.ingest import IngestReport, IngestSettings, NearDuplicateSettings, ingest, iter_rows
 from stages.ingest.bands import bands_of, candidate_probability
-from stages.ingest.clusters import Duplicates
+from stages.ingest.clusters import Duplicates, _Shingles
 from stages.ingest.near_duplicates import found_near_duplicates
 from stages.ingest.parse import Row
 from stages.rows import ROWS
 from stages.sources.settings import Source
 from stages.storage import Store
-from stages.words import words
+from stages.words import IntArray, words
 
 SURE = NearDuplicateSettings(
     part="response", threshold=0.5, shingle=1, permutations=128, recall=1 - 1e-7
 )
 """64 bands of two hashes: at 0.5 and above a pair is missed once in 100 million."""
+
+SOME = NearDuplicateSettings(part="response")
 
 
 def lines(path: Path, records: list[Any]) -> str:
@@ -123,6 +125,7 @@ def test_unreachable_recall_is_refused() -> None:
 # Against brute force
 
 
+@pytest.mark.parametrize("neighbours", [0, 4])
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(
     st.lists(
@@ -130,10 +133,14 @@ def test_unreachable_recall_is_refused() -> None:
     ),
     st.integers(5, 15),
 )
-def test_clusters_are_those_of_all_pairs(texts: list[str], rows_per_shard: int) -> None:
+def test_clusters_are_those_of_all_pairs(
+    neighbours: int, texts: list[str], rows_per_shard: int
+) -> None:
     store = Store("memory://near-duplicates")
     store.remove("")
-    found = found_in(store, texts, SURE, rows_per_shard)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stages.ingest.clusters._NEIGHBOURS", neighbours)
+        found = found_in(store, texts, SURE, rows_per_shard)
     similar = similarities(texts, 1)
     near = similar.copy()
     near.data = near.data >= 0.5
@@ -203,6 +210,56 @@ def test_answer_is_the_same_for_any_shards_tasks_and_processes(
         other = found_in(Store(str(tmp_path / "b")), texts, wanted, 50, workers.map)
     for name in ("rows", "kept", "similarity"):
         assert np.array_equal(getattr(one, name), getattr(other, name))
+
+
+def filled_templates(count: int, own: range, seed: int) -> list[str]:
+    """Texts with 170 words in common, and so many words of their own each."""
+    draws = random.Random(seed)
+    frame = " ".join(f"word{i}" for i in range(170))
+    return [
+        f"{frame} {' '.join(str(draws.random()) for _ in range(draws.choice(own)))}"
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("own", [range(30, 31), range(10, 60)])
+def test_buckets_searched_by_shingles_give_what_all_their_pairs_do(own: range) -> None:
+    texts = filled_templates(300, own, 0)
+    texts = edited(texts, 1)
+    found = []
+    for number, neighbours in enumerate((0, 4, len(texts))):
+        store = Store(f"memory://searched-{number}")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("stages.ingest.clusters._NEIGHBOURS", neighbours)
+            found.append(found_in(store, texts, SOME, 1000))
+    assert len(found[0].rows) > 60
+    for name in ("rows", "kept", "similarity"):
+        for other in found[1:]:
+            assert np.array_equal(getattr(found[0], name), getattr(other, name))
+
+
+@pytest.mark.parametrize("own", [range(30, 31), range(20, 60)])
+def test_filled_templates_that_stay_apart_are_not_compared_pair_by_pair(
+    own: range, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verified = 0
+    similarities_of = _Shingles.similarities
+
+    def counted(self: _Shingles, a: IntArray, b: IntArray) -> Any:
+        nonlocal verified
+        verified += len(a)
+        return similarities_of(self, a, b)
+
+    monkeypatch.setattr(_Shingles, "similarities", counted)
+    counts = []
+    for rows in (400, 1600):
+        verified = 0
+        texts = filled_templates(rows, own, 2)
+        found = found_in(Store(f"memory://apart-{rows}"), texts, SOME, 1000)
+        assert len(found.rows) < rows / 2
+        counts.append(verified)
+    # All pairs would be 16 times as many.
+    assert counts[1] < 6 * counts[0]
 
 
 @pytest.mark.parametrize(
