@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,13 +22,20 @@ from pipeline.config import read_config
 from pipeline.why import story
 from stages.base import Each, in_turn
 from stages.errors import ConfigError, StageError
-from stages.ingest import IngestReport, IngestSettings, NearDuplicateSettings, ingest, iter_rows
+from stages.ingest import (
+    ContaminationSettings,
+    IngestReport,
+    IngestSettings,
+    NearDuplicateSettings,
+    ingest,
+    iter_rows,
+)
 from stages.ingest.bands import bands_of, candidate_probability
 from stages.ingest.clusters import Duplicates, _Shingles
 from stages.ingest.near_duplicates import found_near_duplicates
 from stages.ingest.parse import Row
 from stages.rows import ROWS
-from stages.sources.settings import Source
+from stages.sources.settings import Source, Target
 from stages.storage import Store
 from stages.words import IntArray, words
 
@@ -426,6 +434,82 @@ def test_story_of_a_near_duplicate_and_of_the_row_that_stays(recipe: Any, execut
     other = " ".join(story(run_url, reject["kept"]).split())
     assert "instead of pears: pears.jsonl, record 0: near_duplicate" in other
     assert not (recipe.run_folder / "ingest" / "scratch").exists()
+
+
+def test_copies_of_a_near_duplicate_are_followed_to_the_row_that_stays(
+    recipe: Any, execute: Any
+) -> None:
+    folder = recipe.path.parent
+    short, long = {"question": "tell", "answer": LONG}, {"question": "tell", "answer": f"{LONG} so"}
+    for name, record in (("one", short), ("two", short), ("three", long)):
+        lines(folder / f"{name}.jsonl", [record, {"question": f"Why {name}?", "answer": name}])
+        recipe.value["sources"].append({"name": name, "path": f"{name}.jsonl"})
+    recipe.value["ingest"]["near_duplicates"] = {"keep": "longest"}
+    execute("ingest")
+    run_url = str(recipe.run_folder)
+    stays = next(
+        row
+        for part in sorted((recipe.run_folder / "ingest").glob("part-*.parquet"))
+        for row in pq.read_table(part).to_pylist()
+        if row["source"] == "three" and row["record"] == 0
+    )
+    (near,) = [
+        row
+        for row in pq.read_table(recipe.run_folder / "ingest" / "rejects").to_pylist()
+        if row["source"] == "one"
+    ]
+    wanted = f"kept {stays['id']}: three: three.jsonl, record 0"
+    for name in ("one:0", "two:0", near["id"]):
+        told = " ".join(story(run_url, name).split())
+        assert wanted in told
+        assert near["reason"] in told
+    assert "one: one.jsonl, record 0, is rejected too" in " ".join(story(run_url, "two:0").split())
+    told = " ".join(story(run_url, stays["id"]).split())
+    assert "one: one.jsonl, record 0: near_duplicate" in told
+    assert "two: two.jsonl, record 0: duplicate" in told
+    manifest = json.loads((recipe.run_folder / "ingest" / "manifest.json").read_text())
+    counts = manifest["report"]["sources"]
+    assert counts["one"]["near_duplicate_of"] == counts["two"]["duplicate_of"] == {"three": 1}
+
+
+def test_counts_of_copies_name_sources_in_which_a_row_stays(tmp_path: Path) -> None:
+    sources = [pool(tmp_path, name, ["Something else."]) for name in "abcd"]
+    for source, ends in zip(sources, (["x"], ["x", "y"], ["y"], ["x y z"]), strict=True):
+        records = [{"question": "?", "answer": f"{LONG} {end}"} for end in ends]
+        with Path(str(source.path)).open("a") as file:
+            file.write("".join(json.dumps(one) + "\n" for one in records))
+    # A target's copy of its own rows has no part in it.
+    goal = Target(
+        name="goal",
+        path=lines(tmp_path / "t.jsonl", [{"question": "?", "answer": f"{LONG} x"}] * 2),
+    )
+    chosen = IngestSettings(near_duplicates=NearDuplicateSettings(keep="longest"))
+    report = ingest(
+        sources,
+        [goal],
+        chosen,
+        Store(str(tmp_path / "run")),
+        contamination=ContaminationSettings(targets=False),
+    )
+    numbers = report.as_dict()["sources"]
+    assert [numbers[name]["duplicate_of"] for name in "abcd"] == [{}, {"d": 1}, {"d": 1}, {}]
+    assert [numbers[name]["near_duplicate_of"] for name in "ab"] == [{"d": 1}, {"d": 1}]
+    assert report.targets["goal"].duplicate_of == {"goal": 1}
+
+
+def test_story_of_a_target_says_that_it_is_one(recipe: Any, execute: Any) -> None:
+    plums = recipe.path.parent / "plums.jsonl"
+    plums.write_text(plums.read_text() + plums.read_text().splitlines()[0] + "\n")
+    execute("ingest")
+    targets = recipe.run_folder / "ingest" / "targets" / "part-00000.parquet"
+    target = pq.read_table(targets).to_pylist()[1]
+    told = story(str(recipe.run_folder), target["id"])
+    assert told == story(str(recipe.run_folder), "plums:1")
+    assert "plums: plums.jsonl, record 1, task plums" in told
+    assert "never emitted" in told
+    assert target["messages"][0]["content"] in told
+    copied = " ".join(story(str(recipe.run_folder), "plums:4").split())
+    assert "plums: plums.jsonl, record 0 user" in copied
 
 
 def test_unknown_preferred_source_is_refused(recipe: Any) -> None:

@@ -11,7 +11,8 @@ rows are rejected that
 
 Memory holds a batch of rows and a shard, the words of targets and evaluation sets (about 200 bytes
 each), and for each row 16 bytes of id (with Python's overhead about 110). Near duplicates add about
-70 bytes a row; rows are then first written to `scratch/`, which is removed.
+70 bytes a row, and 300 for one with exact copies; rows are then first written to `scratch/`, which
+is removed.
 """
 
 from __future__ import annotations
@@ -132,6 +133,8 @@ class _Ingest:
         self._rejects = ShardWriter(
             store, REJECTS, metadata, folder="rejects", max_rows=REJECTS_PER_SHARD
         )
+        self._copies: dict[str, list[SourceReport]] | None = None
+        """By the id of a row that may be a near duplicate yet, who counted a copy of it."""
         self._unseen: list[tuple[str, str]] = []
         self._unseen_rows = ShardWriter(store, _UNSEEN_SCHEMA, metadata, folder=UNSEEN)
 
@@ -239,6 +242,8 @@ class _Ingest:
                     rejects.append(record)
                 elif seen is not None and (of := _source_of(record, seen, earlier)) is not None:
                     report.duplicate_of[of] += 1
+                    if self._copies is not None:
+                        self._copies.setdefault(record.id, []).append(report)
                     rejects.append(record.rejected(f"duplicate: {record.id}", kept=record.id))
                 else:
                     if seen is not None:
@@ -258,6 +263,7 @@ class _Ingest:
     ) -> None:
         """Write rows to shards by way of `scratch/`; near duplicates are rejected."""
         scratch = self._store.child(SCRATCH)
+        copies = self._copies = {}
         ranks = source_ranks(self._sources, settings)
         parts = self._scratch_parts(batches)
         found = found_near_duplicates(scratch, parts, settings, ranks, self._each)
@@ -268,6 +274,8 @@ class _Ingest:
                 report.sources[one.reject.source].drop_near_duplicate(
                     one.of, end_markers=one.end_markers, answered=one.answered
                 )
+                for copied in copies.get(one.reject.id or "", ()):
+                    copied.follow_duplicate(one.reject.source, one.of)
         for source in self._sources:
             self._check_rows_left(source, report.sources[source.name])
 
