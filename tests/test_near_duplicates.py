@@ -365,6 +365,60 @@ def test_declared_rule_says_which_row_stays(tmp_path: Path) -> None:
     assert kept(6, first, anchor, prefer=["a"]) == [("b", 0), ("b", 1)]
 
 
+def test_preferred_sources_win_exact_duplicates_too(tmp_path: Path) -> None:
+    answers = ["Something else.", LONG]
+    sources = [pool(tmp_path, name, []) for name in ("a", "b", "c")]
+    for source in sources:
+        records = [{"question": f"{text} Why?", "answer": text} for text in answers]
+        lines(Path(str(source.path)), [*records, {"question": source.name, "answer": "only mine"}])
+
+    def kept(number: int, *given: Source, **fields: Any) -> list[tuple[str, int]]:
+        blocked = fields.pop("blocked", ())
+        near = NearDuplicateSettings(part="response", **fields) if fields else None
+        store = Store(str(tmp_path / f"run-{number}"))
+        chosen = IngestSettings(near_duplicates=near, allow_empty_sources=True)
+        report = ingest(given, [], chosen, store, blocked=blocked)
+        assert list(report.sources) == [source.name for source in given]
+        return origins(
+            [row for name, _ in report.shards for row in store.read_table(name).to_pylist()]
+        )
+
+    both = [("b", 0), ("b", 1)]
+    assert kept(1, *sources) == [("a", 0), ("a", 1), ("a", 2), ("b", 2), ("c", 2)]
+    assert kept(2, *sources, prefer=["b"], threshold=0.9) == [*both, ("b", 2)]
+    assert kept(3, *sources, blocked=["a"]) == [*both, ("b", 2), ("c", 2), ("a", 2)]
+    assert kept(4, *sources, prefer=["a", "c"], blocked=["a", "c"]) == [*both, ("b", 2)]
+    late = sources[2].model_copy(update={"role": "anchor"})
+    assert kept(5, *sources[:2], late, blocked=["a"]) == [("b", 2), ("c", 0), ("c", 1), ("c", 2),
+                                                         ("a", 2)]  # fmt: skip
+
+
+def test_rows_that_license_policy_blocks_displace_no_others(recipe: Any, execute: Any) -> None:
+    folder = recipe.path.parent
+    same = [{"question": f"{name} {LONG}", "answer": "yes"} for name in ("one", "two")]
+    near = [{"question": f"three {LONG}", "answer": "yes"}]
+    lines(folder / "closed.jsonl", [*same, {"question": f"four {LONG}", "answer": "yes"}])
+    lines(folder / "open.jsonl", [*same, *near])
+    recipe.value["sources"] = [
+        {"name": name, "path": f"{name}.jsonl", "license": license_name}
+        for name, license_name in (("closed", "CC BY-NC 4.0"), ("open", "MIT"), ("apples", "mit"))
+    ]
+    recipe.value["ingest"] |= {"near_duplicates": {"threshold": 0.95}, "allow_empty_sources": True}
+
+    def kept() -> list[str]:
+        execute("ingest", restart_from="ingest")
+        files = (recipe.run_folder / "ingest").glob("part-*.parquet")
+        rows = [row for file in sorted(files) for row in pq.read_table(file).to_pylist()]
+        return sorted(f"{name} {record}" for name, record in origins(rows) if name != "apples")
+
+    assert kept() == ["closed 0", "closed 1", "closed 2", "open 2"]
+    recipe.value["models"]["teacher"]["terms"] = "unrestricted"
+    recipe.value["license_policy"] = {"allow": ["mit"]}
+    assert kept() == ["closed 2", "open 0", "open 1", "open 2"]
+    recipe.value["ingest"]["near_duplicates"]["threshold"] = 0.5
+    assert kept() == ["open 0"]
+
+
 def test_an_error_while_sources_are_read_leaves_their_rejects_and_no_scratch(
     tmp_path: Path,
 ) -> None:

@@ -38,7 +38,8 @@ class NearDuplicateSettings(Settings):
         description="The row of a cluster that stays: first in the recipe's order, or longest.",
     )
     prefer: list[str] = Field(
-        default_factory=list, description="Sources whose rows stay before others', best first."
+        default_factory=list,
+        description="Sources whose rows stay before others', exact duplicates too; best first.",
     )
 
     @model_validator(mode="after")
