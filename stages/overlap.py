@@ -41,6 +41,11 @@ class _Place(NamedTuple):
     word: int
 
 
+def are_telling(found: Sequence[str]) -> bool:
+    """Whether a response of these words can be told from any other."""
+    return len(found) >= TELLING_WORDS
+
+
 def normalised(text: str) -> str:
     """The words of a text with one space between them: texts that differ in no word are equal."""
     return " ".join(words(text))

@@ -57,7 +57,8 @@ class ContaminationSettings(Settings):
         description="Evaluation sets, with a target's fields; only compared with.",
     )
     part: Part = Field(
-        default="prompt", description="Turns of targets and sets that rows must not hold."
+        default="prompt",
+        description="Turns of theirs that rows must not hold; responses only of 13 words or more.",
     )
     ngram: int = Field(
         default=13, ge=2, description="Words in a run that a row may not share with them."
