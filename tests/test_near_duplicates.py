@@ -306,7 +306,7 @@ def pool(path: Path, name: str, answers: list[str], **fields: Any) -> Source:
 def run(
     store: Store, sources: list[Source], rows_per_shard: int = 512, **fields: Any
 ) -> tuple[IngestReport, list[dict[str, Any]], list[dict[str, Any]]]:
-    wanted = NearDuplicateSettings(part="response", **fields)
+    wanted = NearDuplicateSettings(**{"part": "response", **fields})
     chosen = IngestSettings(near_duplicates=wanted, rows_per_shard=rows_per_shard)
     report = ingest(sources, [], chosen, store)
     rows, rejects = (
@@ -445,6 +445,39 @@ def test_system_turns_are_not_compared(tmp_path: Path) -> None:
     source = Source(name="s", path=lines(tmp_path / "x.jsonl", records))
     chosen = IngestSettings(near_duplicates=NearDuplicateSettings())
     assert ingest([source], [], chosen, Store(str(tmp_path / "run"))).sources["s"].kept == 2
+
+
+def test_reasoning_and_tool_calls_are_compared(tmp_path: Path) -> None:
+    def called(city: str) -> dict[str, Any]:
+        arguments = json.dumps({"city": city})
+        call = {"type": "function", "function": {"name": "go", "arguments": arguments}}
+        return {
+            "messages": [
+                {"role": "user", "content": "Do what the plan says next, step by step."},
+                {"role": "assistant", "content": "", "tool_calls": [call]},
+            ]
+        }
+
+    def reasoned(reasoning: str, prompt: str = "What is 12 times 12, say it.") -> dict[str, Any]:
+        return {
+            "messages": [
+                {"role": "user", "content": prompt},
+                {"role": "assistant", "content": "It is 144.", "reasoning_content": reasoning},
+            ]
+        }
+
+    ten = "First I take ten times twelve and then two times twelve, which is easy enough to add."
+    records = [
+        called("Oslo"),
+        called("Rome"),
+        reasoned(ten),
+        reasoned("Squares: 144 is a known square."),
+        reasoned(f"{ten} Done."),
+    ]
+    source = Source(name="s", path=lines(tmp_path / "x.jsonl", records))
+    for part, kept in (("both", [0, 1, 2, 3]), ("response", [0, 1, 2, 3]), ("prompt", [0, 2])):
+        _, rows, _ = run(Store(str(tmp_path / part)), [source], part=part)
+        assert [row["record"] for row in rows] == kept
 
 
 def test_a_copied_source_vanishes_edited_or_not(tmp_path: Path, shared_data: Path) -> None:
