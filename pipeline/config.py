@@ -275,6 +275,12 @@ class Config(Recipe):
         return self.model_dump(mode="json", exclude={"execution"})
 
     @property
+    def blocked_sources(self) -> list[str]:
+        """Sources that state a licence whose rows may not be emitted, or none where that blocks."""
+        policy = self.license_policy
+        return [one.name for one in self.sources if policy and not policy.allows(one.license)]
+
+    @property
     def portable_recipe(self) -> dict[str, Any]:
         """The recipe with files called by their own names: the same wherever a project lies."""
         recipe = self.recipe

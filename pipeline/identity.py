@@ -47,12 +47,13 @@ def ingest_identity(config: Config) -> dict[str, Any]:
     recipe = config.portable_recipe
     return {
         "stage": "ingest",
-        "version": 5,
+        "version": 6,
         "settings": config.ingest.model_dump(mode="json"),
         "contamination": recipe["contamination"],
         "sources": {source["name"]: source for source in recipe["sources"]},
         "targets": {target["name"]: target for target in recipe["targets"]},
         "source_order": [s.name for s in config.sources],
+        "blocked_sources": config.blocked_sources,
     }
 
 

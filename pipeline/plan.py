@@ -93,6 +93,7 @@ def plan_of(config: Config, *, probe_rows: int | None, reuse: str | None = None)
                 config.ingest,
                 config.contamination,
                 folder,
+                blocked=config.blocked_sources,
                 sample=probe_rows + 1,
                 seed=config.seed,
             )

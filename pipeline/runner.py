@@ -318,6 +318,7 @@ class Run:
             self.config.ingest,
             folder,
             contamination=self.config.contamination,
+            blocked=self.config.blocked_sources,
             metadata={"stage": "ingest", "fingerprint": mark},
             each=self._made_backend().map if searches else in_turn,
         )

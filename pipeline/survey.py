@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,7 @@ def surveyed(
     contamination: ContaminationSettings,
     folder: Store,
     *,
+    blocked: Collection[str] = (),
     sample: int,
     seed: int,
 ) -> Survey:
@@ -55,7 +56,9 @@ def surveyed(
         ConfigError: a file is missing, or holds no record.
         StageError: a source lost more records than it may, or all of its rows.
     """
-    report = ingest(sources, targets, settings, folder, contamination=contamination)
+    report = ingest(
+        sources, targets, settings, folder, contamination=contamination, blocked=blocked
+    )
     return survey_of(folder, report.as_dict(), sample=sample, seed=seed)
 
 

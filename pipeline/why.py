@@ -24,6 +24,7 @@ _MARKS = {"equal": "{}", "delete": "[-{}-]", "insert": "{{+{}+}}"}
 _OWN = ("id", "key", "messages_reflected", "embedding", "prefix_prompt_ids", "prefix_ids")
 """Columns that are shown otherwise, or say nothing to a person."""
 
+_TARGETS = "ingest/targets"
 _NAMED = ["id", "source", "file", "record"]
 _RECORD = re.compile(r"(.+):(\d+)")
 _BESIDE = ("prefix", "concepts")
@@ -47,19 +48,22 @@ def story(url: str, row: str, *, full: bool = False) -> str:
     return "\n".join(_Story(opened_run(url), full).lines(row))
 
 
-def found_row(run: Store, row: str) -> tuple[str, int, dict[str, Any]] | None:
+def found_row(
+    run: Store, row: str, folder: str = "ingest"
+) -> tuple[str, int, dict[str, Any]] | None:
     """Shard, place and record of the row that is named so; None where none is.
 
     Args:
         run: the run.
         row: the first digits of its id, or its source or file and the number of its record.
+        folder: where the shards are.
 
     Raises:
         ConfigError: several rows are named so.
     """
     hits: list[tuple[str, int, str]] = []
-    for part in parts(run, "ingest"):
-        names = run.read_table(f"ingest/{part}", _NAMED)
+    for part in parts(run, folder):
+        names = run.read_table(f"{folder}/{part}", _NAMED)
         places = pc.indices_nonzero(_are_named(names, row)).to_pylist()
         hits += [(part, place, names["id"][place].as_py()) for place in places]
     if not hits:
@@ -67,7 +71,7 @@ def found_row(run: Store, row: str) -> tuple[str, int, dict[str, Any]] | None:
     if len(hits) > 1:
         raise ConfigError(f"{len(hits)} rows fit {row}: {', '.join(h[2] for h in hits[:5])}")
     part, place, _ = hits[0]
-    record = run.read_table(f"ingest/{part}").slice(place, 1).to_pylist()[0]
+    record = run.read_table(f"{folder}/{part}").slice(place, 1).to_pylist()[0]
     return part, place, record
 
 
@@ -91,7 +95,7 @@ class _Story:
     def lines(self, row: str) -> list[str]:
         found = found_row(self.run, row)
         if found is None:
-            return self._rejected(row)
+            return self._rejected(row) or self._target(row)
         part, place, record = found
         lines = [
             _line("row", record["id"]),
@@ -115,11 +119,7 @@ class _Story:
         """The story of a record that ingest rejected."""
         hits = self._rejects(lambda rejects: _are_named(rejects, row))
         if not hits:
-            raise ConfigError(
-                f"{self.run.url} holds no row whose id begins with {row}, and no source or file "
-                "with a record of that name; a record that could not be read has no id: name it as "
-                "SOURCE:NUMBER, counted from 0"
-            )
+            return []
         # A record's copies are rejected under the same id.
         rows = sorted({hit["id"] or _origin(hit) for hit in hits})
         if len(rows) > 1:
@@ -130,15 +130,49 @@ class _Story:
             lines.append(_line("ingest", f"rejected: {hit['reason']}"))
             if hit["overlap"] is not None:
                 lines.append(_line("", f"they share: {self._cut(hit['overlap'])}"))
-        kept = found_row(self.run, hits[0]["kept"]) if hits[0]["kept"] is not None else None
-        if kept is not None:
-            lines.append(_line("kept", f"{kept[2]['id']}: {_origin(kept[2])}"))
-            lines += self._turns("", kept[2]["messages"])
+        if hits[0]["kept"] is not None:
+            lines += self._kept(hits[0]["kept"], hits)
         return [*lines, _line("record", self._cut(hits[0]["raw"]))]
 
+    def _kept(self, row: str, told: list[dict[str, Any]]) -> list[str]:
+        """The row that stays in the place of rejects that name this one."""
+        lines = []
+        found = found_row(self.run, row) or found_row(self.run, row, _TARGETS)
+        if found is None:
+            # Copies name the row that they equal, which was later rejected as a near duplicate.
+            equal = self._rejects(lambda rejects: pc.equal(rejects["id"], row))
+            near = next(hit for hit in equal if hit["kept"] != row)
+            if near not in told:
+                lines.append(_line("", f"{_origin(near)}, is rejected too: {near['reason']}"))
+            found = found_row(self.run, near["kept"])
+        if found is not None:
+            lines.append(_line("kept", f"{found[2]['id']}: {_origin(found[2])}"))
+            lines += self._turns("", found[2]["messages"])
+        return lines
+
+    def _target(self, row: str) -> list[str]:
+        """The story of a target's row."""
+        found = found_row(self.run, row, _TARGETS)
+        if found is None:
+            raise ConfigError(
+                f"{self.run.url} holds no row whose id begins with {row}, and no source or file "
+                "with a record of that name; a record that could not be read has no id: name it as "
+                "SOURCE:NUMBER, counted from 0"
+            )
+        record = found[2]
+        what = f"{_origin(record)}, task {record['task']}"
+        return [
+            _line("row", record["id"]),
+            _line("target", f"{what}; rows are compared with it, and it is never emitted"),
+            *self._turns("text", record["messages"]),
+        ]
+
     def _instead_of(self, row: str) -> list[str]:
-        """Rows that ingest rejected as duplicates of this one."""
+        """Rows that ingest rejected as duplicates of this one, and copies of those."""
         hits = self._rejects(lambda rejects: pc.equal(rejects["kept"], row))
+        near = [hit["id"] for hit in hits if hit["id"] != row]
+        if near:
+            hits += self._rejects(lambda rejects: pc.is_in(rejects["kept"], pa.array(near)))
         told = [f"{_origin(hit)}: {hit['reason']}" for hit in hits[:_MOST]]
         if len(hits) > _MOST:
             told.append(f"and {len(hits) - _MOST} more")

@@ -7,6 +7,9 @@ don't matter. A text overlaps an unseen one where
 * they share a run of n words (`ngram`); of an unseen text of fewer words, but at least `short`, the
   run is all of it. A shorter one counts as a whole text only: many texts hold "what is two plus".
 
+In scripts without spaces a word is several characters (`stages.words.characters_per_word`), by the
+script of the unseen text.
+
 n = 13 is GPT-3's (arXiv 2005.14165, appendix C), which also takes shorter runs where an unseen text
 has no more.
 """
@@ -20,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stages.words import HashedWords, IntArray, hashed_words, words
+from stages.words import HashedWords, IntArray, characters_per_word, hashed_words, words
 
 TELLING_WORDS = 13
 """Words from which on a response can be told from any other: `yes` and `42` answer much else."""
@@ -39,6 +42,11 @@ class _Place(NamedTuple):
 
     text: int
     word: int
+
+
+def are_telling(found: Sequence[str]) -> bool:
+    """Whether a response of these words can be told from any other."""
+    return len(found) >= TELLING_WORDS * characters_per_word(found)
 
 
 def normalised(text: str) -> str:
@@ -73,9 +81,11 @@ class OverlapIndex:
             if counts[place]:
                 self._whole.setdefault(int(number), place)
         self._runs: dict[int, dict[int, _Place]] = {}
-        for length in sorted({min(int(count), n) for count in counts if count >= min(short, n)}):
-            held = np.flatnonzero(np.minimum(counts, n) == length)
-            self._runs[length] = _runs(hashed, held, length)
+        per_word = np.array([characters_per_word(found) for found in self._words], np.int64)
+        lengths = np.minimum(counts, n * per_word)
+        lengths[counts < min(short, n) * per_word] = 0
+        for length in np.unique(lengths[lengths > 0]).tolist():
+            self._runs[length] = _runs(hashed, np.flatnonzero(lengths == length), length)
         self._keys = {
             length: pa.array(np.fromiter(runs, np.uint64, len(runs)))
             for length, runs in self._runs.items()

@@ -26,8 +26,12 @@ from numpy.typing import NDArray
 IntArray = NDArray[np.int64]
 HashArray = NDArray[np.uint64]
 
-# Kana, Han, Thai, Lao, Burmese and Khmer are written without spaces: there a character is a word.
-_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff"
+# Scripts written without spaces, where a character is a word: kana and Han; Thai, Lao, Burmese and
+# Khmer.
+_SYLLABLES = "\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff"
+_LETTERS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
+_UNSPACED = _LETTERS + _SYLLABLES
+_PER_WORD = ((re.compile(f"[{_SYLLABLES}]"), 2), (re.compile(f"[{_LETTERS}]"), 4))
 _DASHES = "\u2012-\u2015"
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\s{_DASHES}{_UNSPACED}]+")
 _AROUND = "()[]{}.,:;!?\"'“”‘’«»*_`~|<>#/。、「」『』《》【】"
@@ -52,6 +56,21 @@ def words(text: str) -> list[str]:
     """
     found = text.lower().split() if text.isascii() else _folded_words(text)
     return [word for raw in found if (word := raw.strip(_AROUND))]
+
+
+def characters_per_word(found: Sequence[str]) -> int:
+    """How many of a text's words (see `words`) say as much as one of a script with spaces.
+
+    1, or 2 where most of them are kana and Han, or 4 where most are Thai, Lao, Burmese and Khmer
+    characters: what 30 English words say in article 1 of the Universal Declaration of Human Rights
+    takes 39 characters in Chinese, 78 in Japanese and 129 in Thai.
+    """
+    text = "".join(found)
+    if text.isascii():
+        return 1
+    kinds = {count: len(kind.findall(text)) for kind, count in _PER_WORD}
+    kinds[1] = len(found) - sum(kinds.values())
+    return min(kinds, key=lambda count: (-kinds[count], count))
 
 
 def _folded_words(text: str) -> list[str]:

@@ -78,16 +78,57 @@ def test_targets_can_be_left_out_and_responses_looked_for(
     off = ContaminationSettings(targets=False)
     report = ingest([pool], [goal], IngestSettings(), Store(str(tmp_path / "a")), contamination=off)
     assert report.sources["pool"].rejected == {"duplicate": 1}
+    said = f"You asked: {LONG.lower()} I say far."
     answers = Target(
-        name="answers",
-        path=lines(tmp_path / "q.jsonl", [{"question": "Where?", "answer": "It went far."}]),
+        name="answers", path=lines(tmp_path / "q.jsonl", [{"question": "Where?", "answer": said}])
     )
-    for part, found in (("prompt", {}), ("response", {"answers": {"exact": 2}})):
+    held = {"exact": 1, "ngram": 2}
+    for part, found in (
+        ("prompt", {}),
+        ("response", {"answers": held}),
+        ("both", {"answers": held}),
+    ):
         wanted = ContaminationSettings(targets=False, sets=[answers], part=part)
         report = ingest(
             [pool], [], IngestSettings(), Store(str(tmp_path / part)), contamination=wanted
         )
         assert report.as_dict()["sources"]["pool"]["overlaps"] == found
+
+
+@pytest.mark.parametrize("part", ["response", "both"])
+def test_short_responses_of_targets_may_answer_other_questions(tmp_path: Path, part: Any) -> None:
+    asked = ["Is it so, by all that we know about the red planet?", "How many of them are there?"]
+    said = ["No.", "5", "It went far.", " ".join(str(i) for i in range(12))]
+    goal = Target(
+        name="goal",
+        path=lines(
+            tmp_path / "goal.jsonl",
+            [{"question": f"{asked[0]} {text}", "answer": text} for text in said],
+        ),
+    )
+    records = [{"question": asked[1] + text, "answer": text} for text in said]
+    # A prompt of theirs counts as before where it is the whole turn.
+    records.append({"question": "And now?", "answer": f"{asked[0]} No"})
+    pool = Source(name="pool", path=lines(tmp_path / "pool.jsonl", records))
+    wanted = ContaminationSettings(part=part)
+    report = ingest(
+        [pool], [goal], IngestSettings(), Store(str(tmp_path / "run")), contamination=wanted
+    )
+    asked_too = {"goal": {"exact": 1}} if part == "both" else {}
+    assert report.as_dict()["sources"]["pool"]["overlaps"] == asked_too
+
+
+def test_yes_and_no_of_a_real_target_reject_no_row(tmp_path: Path, shared_data: Path) -> None:
+    bbh = Target(name="bbh", path=str(shared_data / "targets" / "bbh" / "*.json"))
+    t0 = Source(name="t0", path=str(shared_data / "sources" / "t0_20k.jsonl.gz"), rows=(0, 3000))
+    report = ingest(
+        [t0],
+        [bbh],
+        IngestSettings(max_reject_rate=1),
+        Store(str(tmp_path / "run")),
+        contamination=ContaminationSettings(part="both"),
+    )
+    assert report.sources["t0"].overlaps == {}
 
 
 def test_a_question_is_found_without_an_answer_too(tmp_path: Path, goal: Target) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,20 +22,29 @@ from pipeline.config import read_config
 from pipeline.why import story
 from stages.base import Each, in_turn
 from stages.errors import ConfigError, StageError
-from stages.ingest import IngestReport, IngestSettings, NearDuplicateSettings, ingest, iter_rows
+from stages.ingest import (
+    ContaminationSettings,
+    IngestReport,
+    IngestSettings,
+    NearDuplicateSettings,
+    ingest,
+    iter_rows,
+)
 from stages.ingest.bands import bands_of, candidate_probability
-from stages.ingest.clusters import Duplicates
+from stages.ingest.clusters import Duplicates, _Shingles
 from stages.ingest.near_duplicates import found_near_duplicates
 from stages.ingest.parse import Row
 from stages.rows import ROWS
-from stages.sources.settings import Source
+from stages.sources.settings import Source, Target
 from stages.storage import Store
-from stages.words import words
+from stages.words import IntArray, words
 
 SURE = NearDuplicateSettings(
     part="response", threshold=0.5, shingle=1, permutations=128, recall=1 - 1e-7
 )
 """64 bands of two hashes: at 0.5 and above a pair is missed once in 100 million."""
+
+SOME = NearDuplicateSettings(part="response")
 
 
 def lines(path: Path, records: list[Any]) -> str:
@@ -123,6 +133,7 @@ def test_unreachable_recall_is_refused() -> None:
 # Against brute force
 
 
+@pytest.mark.parametrize("neighbours", [0, 4])
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(
     st.lists(
@@ -130,10 +141,14 @@ def test_unreachable_recall_is_refused() -> None:
     ),
     st.integers(5, 15),
 )
-def test_clusters_are_those_of_all_pairs(texts: list[str], rows_per_shard: int) -> None:
+def test_clusters_are_those_of_all_pairs(
+    neighbours: int, texts: list[str], rows_per_shard: int
+) -> None:
     store = Store("memory://near-duplicates")
     store.remove("")
-    found = found_in(store, texts, SURE, rows_per_shard)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stages.ingest.clusters._NEIGHBOURS", neighbours)
+        found = found_in(store, texts, SURE, rows_per_shard)
     similar = similarities(texts, 1)
     near = similar.copy()
     near.data = near.data >= 0.5
@@ -205,6 +220,56 @@ def test_answer_is_the_same_for_any_shards_tasks_and_processes(
         assert np.array_equal(getattr(one, name), getattr(other, name))
 
 
+def filled_templates(count: int, own: range, seed: int) -> list[str]:
+    """Texts with 170 words in common, and so many words of their own each."""
+    draws = random.Random(seed)
+    frame = " ".join(f"word{i}" for i in range(170))
+    return [
+        f"{frame} {' '.join(str(draws.random()) for _ in range(draws.choice(own)))}"
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("own", [range(30, 31), range(10, 60)])
+def test_buckets_searched_by_shingles_give_what_all_their_pairs_do(own: range) -> None:
+    texts = filled_templates(300, own, 0)
+    texts = edited(texts, 1)
+    found = []
+    for number, neighbours in enumerate((0, 4, len(texts))):
+        store = Store(f"memory://searched-{number}")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("stages.ingest.clusters._NEIGHBOURS", neighbours)
+            found.append(found_in(store, texts, SOME, 1000))
+    assert len(found[0].rows) > 60
+    for name in ("rows", "kept", "similarity"):
+        for other in found[1:]:
+            assert np.array_equal(getattr(found[0], name), getattr(other, name))
+
+
+@pytest.mark.parametrize("own", [range(30, 31), range(20, 60)])
+def test_filled_templates_that_stay_apart_are_not_compared_pair_by_pair(
+    own: range, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verified = 0
+    similarities_of = _Shingles.similarities
+
+    def counted(self: _Shingles, a: IntArray, b: IntArray) -> Any:
+        nonlocal verified
+        verified += len(a)
+        return similarities_of(self, a, b)
+
+    monkeypatch.setattr(_Shingles, "similarities", counted)
+    counts = []
+    for rows in (400, 1600):
+        verified = 0
+        texts = filled_templates(rows, own, 2)
+        found = found_in(Store(f"memory://apart-{rows}"), texts, SOME, 1000)
+        assert len(found.rows) < rows / 2
+        counts.append(verified)
+    # All pairs would be 16 times as many.
+    assert counts[1] < 6 * counts[0]
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [
@@ -241,7 +306,7 @@ def pool(path: Path, name: str, answers: list[str], **fields: Any) -> Source:
 def run(
     store: Store, sources: list[Source], rows_per_shard: int = 512, **fields: Any
 ) -> tuple[IngestReport, list[dict[str, Any]], list[dict[str, Any]]]:
-    wanted = NearDuplicateSettings(part="response", **fields)
+    wanted = NearDuplicateSettings(**{"part": "response", **fields})
     chosen = IngestSettings(near_duplicates=wanted, rows_per_shard=rows_per_shard)
     report = ingest(sources, [], chosen, store)
     rows, rejects = (
@@ -300,6 +365,60 @@ def test_declared_rule_says_which_row_stays(tmp_path: Path) -> None:
     assert kept(6, first, anchor, prefer=["a"]) == [("b", 0), ("b", 1)]
 
 
+def test_preferred_sources_win_exact_duplicates_too(tmp_path: Path) -> None:
+    answers = ["Something else.", LONG]
+    sources = [pool(tmp_path, name, []) for name in ("a", "b", "c")]
+    for source in sources:
+        records = [{"question": f"{text} Why?", "answer": text} for text in answers]
+        lines(Path(str(source.path)), [*records, {"question": source.name, "answer": "only mine"}])
+
+    def kept(number: int, *given: Source, **fields: Any) -> list[tuple[str, int]]:
+        blocked = fields.pop("blocked", ())
+        near = NearDuplicateSettings(part="response", **fields) if fields else None
+        store = Store(str(tmp_path / f"run-{number}"))
+        chosen = IngestSettings(near_duplicates=near, allow_empty_sources=True)
+        report = ingest(given, [], chosen, store, blocked=blocked)
+        assert list(report.sources) == [source.name for source in given]
+        return origins(
+            [row for name, _ in report.shards for row in store.read_table(name).to_pylist()]
+        )
+
+    both = [("b", 0), ("b", 1)]
+    assert kept(1, *sources) == [("a", 0), ("a", 1), ("a", 2), ("b", 2), ("c", 2)]
+    assert kept(2, *sources, prefer=["b"], threshold=0.9) == [*both, ("b", 2)]
+    assert kept(3, *sources, blocked=["a"]) == [*both, ("b", 2), ("c", 2), ("a", 2)]
+    assert kept(4, *sources, prefer=["a", "c"], blocked=["a", "c"]) == [*both, ("b", 2)]
+    late = sources[2].model_copy(update={"role": "anchor"})
+    assert kept(5, *sources[:2], late, blocked=["a"]) == [("b", 2), ("c", 0), ("c", 1), ("c", 2),
+                                                         ("a", 2)]  # fmt: skip
+
+
+def test_rows_that_license_policy_blocks_displace_no_others(recipe: Any, execute: Any) -> None:
+    folder = recipe.path.parent
+    same = [{"question": f"{name} {LONG}", "answer": "yes"} for name in ("one", "two")]
+    near = [{"question": f"three {LONG}", "answer": "yes"}]
+    lines(folder / "closed.jsonl", [*same, {"question": f"four {LONG}", "answer": "yes"}])
+    lines(folder / "open.jsonl", [*same, *near])
+    recipe.value["sources"] = [
+        {"name": name, "path": f"{name}.jsonl", "license": license_name}
+        for name, license_name in (("closed", "CC BY-NC 4.0"), ("open", "MIT"), ("apples", "mit"))
+    ]
+    recipe.value["ingest"] |= {"near_duplicates": {"threshold": 0.95}, "allow_empty_sources": True}
+
+    def kept() -> list[str]:
+        execute("ingest", restart_from="ingest")
+        files = (recipe.run_folder / "ingest").glob("part-*.parquet")
+        rows = [row for file in sorted(files) for row in pq.read_table(file).to_pylist()]
+        return sorted(f"{name} {record}" for name, record in origins(rows) if name != "apples")
+
+    assert kept() == ["closed 0", "closed 1", "closed 2", "open 2"]
+    recipe.value["models"]["teacher"]["terms"] = "unrestricted"
+    recipe.value["license_policy"] = {"allow": ["mit"]}
+    assert kept() == ["closed 2", "open 0", "open 1", "open 2"]
+    recipe.value["ingest"]["near_duplicates"]["threshold"] = 0.5
+    assert kept() == ["open 0"]
+
+
 def test_an_error_while_sources_are_read_leaves_their_rejects_and_no_scratch(
     tmp_path: Path,
 ) -> None:
@@ -326,6 +445,39 @@ def test_system_turns_are_not_compared(tmp_path: Path) -> None:
     source = Source(name="s", path=lines(tmp_path / "x.jsonl", records))
     chosen = IngestSettings(near_duplicates=NearDuplicateSettings())
     assert ingest([source], [], chosen, Store(str(tmp_path / "run"))).sources["s"].kept == 2
+
+
+def test_reasoning_and_tool_calls_are_compared(tmp_path: Path) -> None:
+    def called(city: str) -> dict[str, Any]:
+        arguments = json.dumps({"city": city})
+        call = {"type": "function", "function": {"name": "go", "arguments": arguments}}
+        return {
+            "messages": [
+                {"role": "user", "content": "Do what the plan says next, step by step."},
+                {"role": "assistant", "content": "", "tool_calls": [call]},
+            ]
+        }
+
+    def reasoned(reasoning: str, prompt: str = "What is 12 times 12, say it.") -> dict[str, Any]:
+        return {
+            "messages": [
+                {"role": "user", "content": prompt},
+                {"role": "assistant", "content": "It is 144.", "reasoning_content": reasoning},
+            ]
+        }
+
+    ten = "First I take ten times twelve and then two times twelve, which is easy enough to add."
+    records = [
+        called("Oslo"),
+        called("Rome"),
+        reasoned(ten),
+        reasoned("Squares: 144 is a known square."),
+        reasoned(f"{ten} Done."),
+    ]
+    source = Source(name="s", path=lines(tmp_path / "x.jsonl", records))
+    for part, kept in (("both", [0, 1, 2, 3]), ("response", [0, 1, 2, 3]), ("prompt", [0, 2])):
+        _, rows, _ = run(Store(str(tmp_path / part)), [source], part=part)
+        assert [row["record"] for row in rows] == kept
 
 
 def test_a_copied_source_vanishes_edited_or_not(tmp_path: Path, shared_data: Path) -> None:
@@ -369,6 +521,82 @@ def test_story_of_a_near_duplicate_and_of_the_row_that_stays(recipe: Any, execut
     other = " ".join(story(run_url, reject["kept"]).split())
     assert "instead of pears: pears.jsonl, record 0: near_duplicate" in other
     assert not (recipe.run_folder / "ingest" / "scratch").exists()
+
+
+def test_copies_of_a_near_duplicate_are_followed_to_the_row_that_stays(
+    recipe: Any, execute: Any
+) -> None:
+    folder = recipe.path.parent
+    short, long = {"question": "tell", "answer": LONG}, {"question": "tell", "answer": f"{LONG} so"}
+    for name, record in (("one", short), ("two", short), ("three", long)):
+        lines(folder / f"{name}.jsonl", [record, {"question": f"Why {name}?", "answer": name}])
+        recipe.value["sources"].append({"name": name, "path": f"{name}.jsonl"})
+    recipe.value["ingest"]["near_duplicates"] = {"keep": "longest"}
+    execute("ingest")
+    run_url = str(recipe.run_folder)
+    stays = next(
+        row
+        for part in sorted((recipe.run_folder / "ingest").glob("part-*.parquet"))
+        for row in pq.read_table(part).to_pylist()
+        if row["source"] == "three" and row["record"] == 0
+    )
+    (near,) = [
+        row
+        for row in pq.read_table(recipe.run_folder / "ingest" / "rejects").to_pylist()
+        if row["source"] == "one"
+    ]
+    wanted = f"kept {stays['id']}: three: three.jsonl, record 0"
+    for name in ("one:0", "two:0", near["id"]):
+        told = " ".join(story(run_url, name).split())
+        assert wanted in told
+        assert near["reason"] in told
+    assert "one: one.jsonl, record 0, is rejected too" in " ".join(story(run_url, "two:0").split())
+    told = " ".join(story(run_url, stays["id"]).split())
+    assert "one: one.jsonl, record 0: near_duplicate" in told
+    assert "two: two.jsonl, record 0: duplicate" in told
+    manifest = json.loads((recipe.run_folder / "ingest" / "manifest.json").read_text())
+    counts = manifest["report"]["sources"]
+    assert counts["one"]["near_duplicate_of"] == counts["two"]["duplicate_of"] == {"three": 1}
+
+
+def test_counts_of_copies_name_sources_in_which_a_row_stays(tmp_path: Path) -> None:
+    sources = [pool(tmp_path, name, ["Something else."]) for name in "abcd"]
+    for source, ends in zip(sources, (["x"], ["x", "y"], ["y"], ["x y z"]), strict=True):
+        records = [{"question": "?", "answer": f"{LONG} {end}"} for end in ends]
+        with Path(str(source.path)).open("a") as file:
+            file.write("".join(json.dumps(one) + "\n" for one in records))
+    # A target's copy of its own rows has no part in it.
+    goal = Target(
+        name="goal",
+        path=lines(tmp_path / "t.jsonl", [{"question": "?", "answer": f"{LONG} x"}] * 2),
+    )
+    chosen = IngestSettings(near_duplicates=NearDuplicateSettings(keep="longest"))
+    report = ingest(
+        sources,
+        [goal],
+        chosen,
+        Store(str(tmp_path / "run")),
+        contamination=ContaminationSettings(targets=False),
+    )
+    numbers = report.as_dict()["sources"]
+    assert [numbers[name]["duplicate_of"] for name in "abcd"] == [{}, {"d": 1}, {"d": 1}, {}]
+    assert [numbers[name]["near_duplicate_of"] for name in "ab"] == [{"d": 1}, {"d": 1}]
+    assert report.targets["goal"].duplicate_of == {"goal": 1}
+
+
+def test_story_of_a_target_says_that_it_is_one(recipe: Any, execute: Any) -> None:
+    plums = recipe.path.parent / "plums.jsonl"
+    plums.write_text(plums.read_text() + plums.read_text().splitlines()[0] + "\n")
+    execute("ingest")
+    targets = recipe.run_folder / "ingest" / "targets" / "part-00000.parquet"
+    target = pq.read_table(targets).to_pylist()[1]
+    told = story(str(recipe.run_folder), target["id"])
+    assert told == story(str(recipe.run_folder), "plums:1")
+    assert "plums: plums.jsonl, record 1, task plums" in told
+    assert "never emitted" in told
+    assert target["messages"][0]["content"] in told
+    copied = " ".join(story(str(recipe.run_folder), "plums:4").split())
+    assert "plums: plums.jsonl, record 0 user" in copied
 
 
 def test_unknown_preferred_source_is_refused(recipe: Any) -> None:

@@ -83,6 +83,87 @@ def test_long_short_and_shorter_texts(text: str, kind: str | None, shared: int) 
     assert len(match.text.split() if match else []) == shared
 
 
+TWINS = {
+    "Chinese": {"a": "甲乙", "b": "丙丁", "c": "戊己"},
+    "Japanese": {"a": "ある", "b": "カメ", "c": "何度"},
+    "Thai": {"a": "กขคง", "b": "จชซญ", "c": "ดตถท"},
+}
+
+
+@pytest.mark.parametrize("script", TWINS)
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    st.lists(few_words, max_size=4),
+    st.lists(few_words, max_size=4),
+    st.integers(2, 5),
+    st.integers(1, 5),
+)
+def test_scripts_without_spaces_overlap_where_their_words_do(
+    script: str, found: list[str], unseen: list[str], n: int, short: int
+) -> None:
+    def twin(text: str) -> str:
+        return "".join(TWINS[script][word] for word in text.split())
+
+    def kinds(mine: list[str], theirs: list[str]) -> list[tuple[str, str] | None]:
+        index = OverlapIndex([(f"set {i}", one) for i, one in enumerate(theirs)], n=n, short=short)
+        return [match and (match.set, match.kind) for match in index.matches(mine)]
+
+    assert kinds([twin(text) for text in found], [twin(text) for text in unseen]) == kinds(
+        found, unseen
+    )
+
+
+@pytest.mark.parametrize(
+    ("unseen", "inside", "whole"),
+    [
+        (
+            "What is machine learning?",
+            "Write an essay on what is machine learning and how it relates to statistics.",
+            "what is machine learning",
+        ),
+        (
+            "什么是机器学习？",
+            "请写一篇文章，说明什么是机器学习，以及它和统计的关系。",
+            "什么是机器学习",
+        ),
+        (
+            "機械学習とは何？",
+            "「機械学習とは何？」という題で作文を書いてください。",
+            "機械学習とは何",
+        ),
+    ],
+)
+def test_a_few_common_words_reject_no_longer_text_in_any_script(
+    unseen: str, inside: str, whole: str
+) -> None:
+    index = OverlapIndex([("target", unseen)])
+    assert index.match(inside) is None
+    assert index.match(whole) == ("target", "exact", normalised(unseen))
+
+
+@pytest.mark.parametrize(
+    ("unseen", "other"),
+    [
+        (
+            "小明每天早上骑自行车去学校，路上要花二十分钟，回家时因为上坡要多花五分钟。",
+            "题目：小明每天早上骑自行车去学校，路上要花二十分钟，回家时因为上坡，要骑多久？",
+        ),
+        (
+            "花子さんは毎朝七時に家を出て、駅まで歩いて十五分かかり、そこから電車に乗ります。",
+            "問題：花子さんは毎朝七時に家を出て、駅まで歩いて十五分かかり、では何時に着きますか。",
+        ),
+        (
+            "Every morning Tom rides his bicycle to school, which takes him twenty minutes uphill.",
+            "Every morning Tom rides his bicycle to school, which takes him twenty minutes; why?",
+        ),
+    ],
+)
+def test_a_long_run_is_found_in_any_script(unseen: str, other: str) -> None:
+    match = OverlapIndex([("target", unseen)]).match(other)
+    assert match is not None
+    assert match.kind == "ngram"
+
+
 def test_texts_without_a_word_match_nothing() -> None:
     index = OverlapIndex([("a", "..."), ("b", "")])
     assert index.matches(["", "...", "?!"]) == [None, None, None]

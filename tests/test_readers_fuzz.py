@@ -201,6 +201,94 @@ def test_every_parquet_row_is_a_row_or_a_reject(
     assert [one.record for one in judged(path)] == list(range(len(values)))
 
 
+ZONES = (None, "UTC", "Asia/Tokyo", "Nowhere/Land")
+COUNTED: list[pa.DataType] = [
+    *[pa.timestamp(unit, zone) for unit in ("ms", "us", "ns") for zone in ZONES],
+    *[pa.duration(unit) for unit in ("s", "ms", "us", "ns")],
+    pa.time64("us"),
+    pa.time64("ns"),
+    pa.date32(),
+]
+"""Types whose values are counts of units since some start, and so may lie beyond any calendar."""
+
+
+def counted(numbers: list[int], kind: pa.DataType) -> pa.Array:
+    width = pa.int32() if pa.types.is_date32(kind) else pa.int64()
+    bits = 8 * width.byte_width
+    return pa.array([n >> (64 - bits) for n in numbers], width).view(kind)
+
+
+whole = st.one_of(st.integers(-(2**63), 2**63 - 1), st.integers(-(2**40), 2**40))
+
+
+@fuzzed
+@given(
+    rows=st.lists(st.tuples(whole, whole), min_size=1, max_size=5),
+    kinds=st.tuples(st.sampled_from(COUNTED), st.sampled_from(COUNTED)),
+    nested=st.booleans(),
+    names=st.tuples(st.sampled_from(["when", "answer"]), st.sampled_from(["when", "then"])),
+)
+def test_far_times_unknown_zones_and_doubled_columns_of_parquet(
+    tmp_path: Path,
+    rows: list[tuple[int, int]],
+    kinds: tuple[pa.DataType, pa.DataType],
+    nested: bool,
+    names: tuple[str, str],
+) -> None:
+    first, second = (
+        counted(list(column), kind)
+        for column, kind in zip(zip(*rows, strict=True), kinds, strict=True)
+    )
+    if nested:
+        ends = pa.array(range(len(rows) + 1), pa.int32())
+        second = pa.ListArray.from_arrays(ends, pa.StructArray.from_arrays([second], ["at"]))
+    texts = [pa.array([f"{letter} {i}" for i in range(len(rows))]) for letter in "qa"]
+    table = pa.table([*texts, first, second], names=["question", "answer", *names])
+    path = tmp_path / "x.parquet"
+    pq.write_table(table, path)
+    found = judged(path)
+    assert [one.record for one in found] == list(range(len(rows)))
+    if len(set(table.column_names)) < table.num_columns:
+        assert not any(isinstance(one, Row) for one in found)
+        return
+    # A row's fate is its own.
+    for place, one in enumerate(found):
+        pq.write_table(table.slice(place, 1), path)
+        (alone,) = iter_rows(Source(name="s", path=str(path)))
+        assert type(alone) is type(one)
+
+
+def test_a_name_of_two_parquet_columns_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    columns = [pa.array(["a", "b"]), pa.array(["c", "d"]), pa.array(["e", "f"])]
+    pq.write_table(pa.table(columns, names=["question", "answer", "answer"]), path)
+    found = judged(path)
+    assert all(isinstance(one, Reject) for one in found)
+    assert [one.reason for one in found if isinstance(one, Reject)] == [
+        "unparsable: two columns are called 'answer'"
+    ] * 2
+
+
+def test_what_parquet_holds_beyond_json_is_read_or_rejected_by_its_column(tmp_path: Path) -> None:
+    odd = {
+        "far": pa.array([10**15, 0], pa.timestamp("s")),
+        "date": pa.array([2**30, 0], pa.date32()),
+        "long": pa.array([2**62, 0], pa.duration("s")),
+        "zone": pa.array([1, 0], pa.timestamp("us", "Nowhere/Land")),
+        "uuid": pa.array([bytes(16), bytes(16)], pa.uuid()),
+    }
+    texts = {"question": pa.array(["a", "b"]), "answer": pa.array(["c", "d"])}
+    kept = []
+    for name, values in odd.items():
+        path = tmp_path / f"{name}.parquet"
+        pq.write_table(pa.table({**texts, name: values}), path)
+        found = judged(path)
+        kept.append([isinstance(one, Row) for one in found])
+        rejects = [one for one in found if isinstance(one, Reject)]
+        assert all(f"unparsable: column '{name}'" in one.reason for one in rejects)
+    assert kept == [*[[False, True]] * 3, [False, False], [True, True]]
+
+
 SOME = [{"question": f"What is {i}?", "answer": f"It is {i}, é."} for i in range(200)]
 ENCODED = {
     ".jsonl": "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in SOME).encode(),

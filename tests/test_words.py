@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.words import hashed_words, words
+from stages.words import characters_per_word, hashed_words, words
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -44,6 +44,24 @@ texts = st.lists(st.text(alphabet="ab. \n", max_size=30), max_size=8)
 )
 def test_words(text: str, expected: list[str]) -> None:
     assert words(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("All human beings are born free and equal in dignity and rights.", 1),
+        ("人人生而自由,在尊严和权利上一律平等。", 2),
+        ("すべての人間は、生まれながらにして自由である。", 2),
+        ("มนุษย์ทั้งหลายเกิดมามีอิสระ", 4),
+        ("모든 인간은 태어날 때부터 자유로우며", 1),
+        # Most of its words are of scripts with spaces; or not.
+        ("The word 机器 means machine.", 1),
+        ("用 Python 写一个函数", 2),
+        ("", 1),
+    ],
+)
+def test_characters_that_say_as_much_as_a_word(text: str, expected: int) -> None:
+    assert characters_per_word(words(text)) == expected
 
 
 def test_no_format_control_is_a_word() -> None:

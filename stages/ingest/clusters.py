@@ -11,6 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from stages.ingest.candidates import ClusterTask, bucket_mates
+from stages.ingest.set_join import pairs_to_verify
 from stages.ingest.settings import NearDuplicateSettings
 from stages.ingest.sketch import band_names
 from stages.storage import Store
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
 _PAIRS_AT_ONCE = 50_000
+
+_NEIGHBOURS = 4
+"""Rows of a bucket with which each is compared before the bucket is searched by its shingles.
+
+Most buckets are small, or one cluster that neighbours join.
+"""
 
 
 @dataclass(frozen=True)
@@ -157,8 +164,8 @@ def _clusters(
 ) -> IntArray:
     """A number of each row's cluster: rows joined by candidate pairs that are near duplicates.
 
-    Every candidate pair is verified, but for those that verified pairs have joined already: they
-    would change nothing.
+    Every candidate pair is verified, but for those that verified pairs have joined already, which
+    would change nothing, and for those that have too few shingles in common by `set_join`.
     """
     forest = _Forest(len(sets))
     first, other = bucket_mates(np.arange(len(sets)), sets)
@@ -166,17 +173,28 @@ def _clusters(
     forest.join(first[same], other[same])
     # Equal sets are in the same buckets, so one of them stands for all.
     lone = np.setdiff1d(np.arange(len(sets)), other[same])
-    for band in bands:
-        order = lone[np.argsort(band[lone], kind="stable")]
-        distance = 0
-        while len(order := _unfinished(order, band, forest, distance)):
-            distance += 1
+    orders = [lone[np.argsort(band[lone], kind="stable")] for band in bands]
+
+    def verify(a: IntArray, b: IntArray) -> None:
+        apart = forest.roots(a) != forest.roots(b)
+        a, b = a[apart], b[apart]
+        near = shingles.similarities(a, b) >= threshold
+        forest.join(a[near], b[near])
+
+    for place, band in enumerate(bands):
+        for distance in range(1, _NEIGHBOURS + 1):
+            order = orders[place] = _unfinished(orders[place], band, forest, distance - 1)
             mates = band[order[distance:]] == band[order[:-distance]]
-            a, b = order[:-distance][mates], order[distance:][mates]
-            apart = forest.roots(a) != forest.roots(b)
-            a, b = a[apart], b[apart]
-            near = shingles.similarities(a, b) >= threshold
-            forest.join(a[near], b[near])
+            verify(order[:-distance][mates], order[distance:][mates])
+    left = [
+        _unfinished(order, band, forest, _NEIGHBOURS)
+        for order, band in zip(orders, bands, strict=True)
+    ]
+    rows = np.unique(np.concatenate(left))
+    for a, b in pairs_to_verify(shingles.matrix[rows], threshold, forest.roots(rows)):
+        a, b = rows[a], rows[b]
+        mates = np.logical_or.reduce([band[a] == band[b] for band in bands])
+        verify(a[mates], b[mates])
     return forest.roots(np.arange(len(sets)))
 
 

@@ -7,18 +7,20 @@ from collections.abc import Iterable, Sequence
 from stages.dictionary.settings import Part
 from stages.ingest.parse import Reject, Row
 from stages.ingest.settings import ContaminationSettings
-from stages.overlap import Overlap, OverlapIndex
+from stages.overlap import Overlap, OverlapIndex, are_telling
 from stages.rows import Message, response
+from stages.words import words
 
 
 def unseen_texts(messages: Sequence[Message], part: Part) -> list[str]:
     """The turns of a target's or evaluation set's row that training must not see.
 
-    Of the prompt the user's turns: other ones are often the same for every row of a set.
+    Of the prompt the user's turns: other ones are often the same for every row of a set. A response
+    only where it can be told from any other.
     """
     asked = [turn["content"] for turn in messages if turn["role"] == "user"]
     said = response(messages)
-    answered = [said] if said is not None else []
+    answered = [said] if said is not None and are_telling(words(said)) else []
     return {"prompt": asked, "response": answered, "both": [*asked, *answered]}[part]
 
 

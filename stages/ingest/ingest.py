@@ -1,7 +1,7 @@
 """Sources and targets to shards of rows: every record becomes a row or a reject with its reason.
 
-Rows are in the order of the recipe's sources, each one's files and each file's records. In turn,
-rows are rejected that
+Rows are in the order of the recipe's sources, each one's files and each file's records; preferred
+sources go before others, and those of blocked licences behind. In turn, rows are rejected that
 
 1. overlap a target or an evaluation set, with or without a response (rows of anchors are not: they
    are trained on already);
@@ -11,13 +11,14 @@ rows are rejected that
 
 Memory holds a batch of rows and a shard, the words of targets and evaluation sets (about 200 bytes
 each), and for each row 16 bytes of id (with Python's overhead about 110). Near duplicates add about
-70 bytes a row; rows are then first written to `scratch/`, which is removed.
+70 bytes a row, and 300 for one with exact copies; rows are then first written to `scratch/`, which
+is removed.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
 import pyarrow as pa
@@ -63,6 +64,7 @@ def ingest(
     store: Store,
     *,
     contamination: ContaminationSettings | None = None,
+    blocked: Collection[str] = (),
     metadata: Metadata = None,
     each: Each = in_turn,
 ) -> IngestReport:
@@ -74,6 +76,8 @@ def ingest(
         settings: sizes, limits, near duplicates.
         store: the folder to write into; parts of an earlier run are overwritten, not removed.
         contamination: what rows must not hold; unset: the targets.
+        blocked: sources whose rows will not be emitted, for their licence: they stay only where no
+            other source has the same row, or one nearly the same.
         metadata: what goes into the footers, or a function of the file's name that gives it.
         each: runs the tasks of the search for near duplicates.
 
@@ -92,7 +96,9 @@ def ingest(
     contamination = contamination or ContaminationSettings()
     every = (*sources, *targets, *contamination.sets)
     files = {id(one): files_of(one) for one in every}
-    job = _Ingest(sources, targets, settings, contamination, store, metadata, each, files)
+    near = settings.near_duplicates
+    ranks = source_ranks(sources, near.prefer if near else (), blocked)
+    job = _Ingest(sources, targets, settings, contamination, ranks, store, metadata, each, files)
     try:
         return job.run()
     finally:
@@ -106,12 +112,16 @@ class _Ingest:
         targets: Sequence[Target],
         settings: IngestSettings,
         contamination: ContaminationSettings,
+        ranks: Mapping[str, int],
         store: Store,
         metadata: Metadata,
         each: Each,
         files: Mapping[int, list[SourceFile]],
     ) -> None:
         self._sources, self._target_sources = sources, targets
+        self._ranks = ranks
+        # Of equal rows the first stays. Anchors are seen to apart, and keep their place.
+        self._in_turn = sorted(sources, key=lambda source: max(0, ranks[source.name]))
         self._settings, self._contamination = settings, contamination
         self._store, self._each, self._files = store, each, files
         self._rows = ShardWriter(
@@ -132,6 +142,8 @@ class _Ingest:
         self._rejects = ShardWriter(
             store, REJECTS, metadata, folder="rejects", max_rows=REJECTS_PER_SHARD
         )
+        self._copies: dict[str, list[SourceReport]] | None = None
+        """By the id of a row that may be a near duplicate yet, who counted a copy of it."""
         self._unseen: list[tuple[str, str]] = []
         self._unseen_rows = ShardWriter(store, _UNSEEN_SCHEMA, metadata, folder=UNSEEN)
 
@@ -177,8 +189,9 @@ class _Ingest:
         index = unseen_index(self._unseen, self._contamination)
         anchored = self._ids_of_late_anchors()
         seen: _Seen = {}
-        for source in self._sources:
-            report.sources[source.name] = found = self._reported(source)
+        report.sources = {source.name: self._reported(source) for source in self._sources}
+        for source in self._in_turn:
+            found = report.sources[source.name]
             anchor = source.role == "anchor"
             earlier: _Seen = {} if anchor else anchored
             yield from self._taken(source, found, seen, earlier, None if anchor else index)
@@ -196,11 +209,11 @@ class _Ingest:
 
     def _ids_of_late_anchors(self) -> _Seen:
         """Ids of anchors that stand after a pool, which would else be seen too late."""
-        pools = [index for index, source in enumerate(self._sources) if source.role == "pool"]
-        first_pool = min(pools, default=len(self._sources))
+        pools = [index for index, source in enumerate(self._in_turn) if source.role == "pool"]
+        first_pool = min(pools, default=len(self._in_turn))
         return {
             bytes.fromhex(row.id): source.name
-            for index, source in enumerate(self._sources)
+            for index, source in enumerate(self._in_turn)
             if source.role == "anchor" and index > first_pool
             for row in iter_rows(source, self._settings, self._files[id(source)])
             if isinstance(row, Row)
@@ -239,6 +252,8 @@ class _Ingest:
                     rejects.append(record)
                 elif seen is not None and (of := _source_of(record, seen, earlier)) is not None:
                     report.duplicate_of[of] += 1
+                    if self._copies is not None:
+                        self._copies.setdefault(record.id, []).append(report)
                     rejects.append(record.rejected(f"duplicate: {record.id}", kept=record.id))
                 else:
                     if seen is not None:
@@ -258,9 +273,9 @@ class _Ingest:
     ) -> None:
         """Write rows to shards by way of `scratch/`; near duplicates are rejected."""
         scratch = self._store.child(SCRATCH)
-        ranks = source_ranks(self._sources, settings)
+        copies = self._copies = {}
         parts = self._scratch_parts(batches)
-        found = found_near_duplicates(scratch, parts, settings, ranks, self._each)
+        found = found_near_duplicates(scratch, parts, settings, self._ranks, self._each)
         for rows, dropped in parted_rows(scratch, self._scratch.written, found):
             self._rows.add(rows, rows["chars"].to_pylist())
             self._rejects.add(table_of([one.reject for one in dropped], REJECTS))
@@ -268,6 +283,8 @@ class _Ingest:
                 report.sources[one.reject.source].drop_near_duplicate(
                     one.of, end_markers=one.end_markers, answered=one.answered
                 )
+                for copied in copies.get(one.reject.id or "", ()):
+                    copied.follow_duplicate(one.reject.source, one.of)
         for source in self._sources:
             self._check_rows_left(source, report.sources[source.name])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -30,13 +30,19 @@ _REJECTED = ["id", "source", "tools", "answer", "file", "record", "end_markers"]
 """Columns of a row, beside its messages, that its reject or the report has something of."""
 
 
-def source_ranks(sources: Sequence[Source], settings: NearDuplicateSettings) -> dict[str, int]:
-    """The order in which sources' rows stay: anchors (below 0), preferred sources, the others."""
-    preferred = {name: rank for rank, name in enumerate(settings.prefer)}
+def source_ranks(
+    sources: Sequence[Source], prefer: Sequence[str], blocked: Collection[str]
+) -> dict[str, int]:
+    """The order in which sources' rows stay.
+
+    Anchors (below 0), preferred sources, the others; then, in that order, the blocked ones.
+    """
+    preferred = {name: rank for rank, name in enumerate(prefer)}
+    behind = len(prefer) + 1
     return {
         source.name: -1
         if source.role == "anchor"
-        else preferred.get(source.name, len(settings.prefer))
+        else preferred.get(source.name, len(prefer)) + behind * (source.name in blocked)
         for source in sources
     }
 

@@ -24,7 +24,8 @@ class SourceReport:
         answers: rows kept that have a reference answer.
         damaged_files: files whose rest could not be read: more records may be lost than counted.
         tasks: a target's rows by task.
-        duplicate_of: exact duplicates by the source of the row that stays.
+        duplicate_of: exact duplicates by the source of the row that stays; where the row that they
+            equal is a near duplicate in turn, of the one that stays for it.
         near_duplicate_of: near duplicates by the source of the row that stays.
         overlaps: contaminated rows by target or evaluation set, and how they overlap it.
     """
@@ -71,6 +72,13 @@ class SourceReport:
         self.answers -= answered
         self.rejected["near_duplicate"] += 1
         self.near_duplicate_of[of] += 1
+
+    def follow_duplicate(self, of: str, to: str) -> None:
+        """Count a copy of a source's row, now a near duplicate, by the source whose row stays."""
+        self.duplicate_of[of] -= 1
+        if not self.duplicate_of[of]:
+            del self.duplicate_of[of]
+        self.duplicate_of[to] += 1
 
     @property
     def counts(self) -> str:

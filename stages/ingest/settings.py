@@ -38,7 +38,8 @@ class NearDuplicateSettings(Settings):
         description="The row of a cluster that stays: first in the recipe's order, or longest.",
     )
     prefer: list[str] = Field(
-        default_factory=list, description="Sources whose rows stay before others', best first."
+        default_factory=list,
+        description="Sources whose rows stay before others', exact duplicates too; best first.",
     )
 
     @model_validator(mode="after")
@@ -56,7 +57,8 @@ class ContaminationSettings(Settings):
         description="Evaluation sets, with a target's fields; only compared with.",
     )
     part: Part = Field(
-        default="prompt", description="Turns of targets and sets that rows must not hold."
+        default="prompt",
+        description="Turns of theirs that rows must not hold; responses only of 13 words or more.",
     )
     ngram: int = Field(
         default=13, ge=2, description="Words in a run that a row may not share with them."

@@ -76,7 +76,7 @@ def write_sketch(
 
 
 def compared_texts(messages: pa.Array, part: Part) -> pa.Array:
-    """The text of each conversation's part, one turn a line; system turns left out.
+    """The text of each conversation's part, with reasoning and tool calls; system turns left out.
 
     Args:
         messages: conversations that end with the assistant's turn.
@@ -93,9 +93,19 @@ def compared_texts(messages: pa.Array, part: Part) -> pa.Array:
     if part != "both":
         said = said & (last if part == "response" else ~last)
     before = np.concatenate([[0], np.cumsum(said)])[offsets]
-    contents = turns.field("content").filter(pa.array(said))
-    lists = pa.ListArray.from_arrays(pa.array(before, pa.int32()), contents)
+    texts = _turn_texts(turns).filter(pa.array(said))
+    lists = pa.ListArray.from_arrays(pa.array(before, pa.int32()), texts)
     return pc.binary_join(lists, "\n").cast(pa.large_string())
+
+
+def _turn_texts(turns: pa.StructArray) -> pa.Array:
+    """What each turn says, its reasoning and its tool calls, a line each, string [turns]."""
+    content, reasoning, calls = map(turns.field, ("content", "reasoning", "tool_calls"))
+    if reasoning.null_count == calls.null_count == len(turns):
+        return content
+    # As one word: the names of its JSON's fields would make any two calls alike.
+    calls = pc.replace_substring_regex(calls, r"\s+", "")
+    return pc.binary_join_element_wise(content, reasoning, calls, "\n", null_handling="skip")
 
 
 def _distinct(numbers: HashArray, before: IntArray) -> tuple[HashArray, IntArray]:

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import pyarrow as pa
 
-from stages.overlap import TELLING_WORDS, OverlapIndex
+from stages.overlap import OverlapIndex, are_telling
 from stages.pass_rate.checker import AnswerChecker
 from stages.pass_rate.checks import Case
 from stages.reflection.record import ReflectedRow
@@ -96,7 +96,7 @@ def unseen_texts(rows: pa.Table) -> Iterator[tuple[str, str]]:
     """
     for name, messages in zip(rows["source"].to_pylist(), messages_of(rows), strict=True):
         for turn in messages or []:
-            telling = turn["role"] == "assistant" and len(words(turn["content"])) >= TELLING_WORDS
+            telling = turn["role"] == "assistant" and are_telling(words(turn["content"]))
             if turn["role"] == "user" or telling:
                 yield name, turn["content"]
 

@@ -45,7 +45,7 @@ class ReflectionStage:
     """Adds rewritten messages, the student's verdicts, and the scores of the text that stands."""
 
     name = "reflection"
-    version = 3
+    version = 4
     on_targets = False
     settings: ReflectionSettings
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from stages.base import Columns, Outcome, ShardedColumns
 from stages.errors import ConfigError, StageError
 from stages.licenses import LicensePolicy, license_name
-from stages.overlap import TELLING_WORDS
+from stages.overlap import are_telling
 from stages.rows import LABEL, Message, row_id
 from stages.rules import rule_columns, rule_mask
 from stages.selection.activation_coverage import ACTIVE, coverage_report
@@ -471,7 +471,7 @@ def _response_key(messages: Sequence[Message]) -> bytes | None:
     """What identifies the words of the last response; None where many rows may well share them."""
     responses = [turn["content"] for turn in messages if turn["role"] == "assistant"]
     found = words(responses[-1]) if responses else []
-    if len(found) < TELLING_WORDS:
+    if not are_telling(found):
         return None
     return hashlib.sha256(" ".join(found).encode()).digest()
 

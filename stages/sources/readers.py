@@ -20,6 +20,7 @@ import json
 import lzma
 import math
 import re
+import uuid
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -41,6 +42,9 @@ RAW_CHARACTERS = 10_000
 
 CSV_FIELD_CHARACTERS = 1 << 28
 """Characters in a CSV field; Python's own limit of 131,072 is less than a long conversation."""
+
+_NO_PYTHON_VALUE = (ValueError, OverflowError, pa.ArrowException)
+"""What Arrow raises for text that isn't UTF-8, far dates, unknown time zones, doubled fields."""
 
 _BLANK = re.compile(r"[ \t\n\r]*")
 _BOM = "\ufeff"
@@ -433,32 +437,50 @@ def _parquet(url: str, file: str) -> Iterator[Record | BadRecord]:
     number = 0
     try:
         for batch in pq.ParquetFile(io.BytesIO(data)).iter_batches(batch_size=1024):
-            for value in _values(batch):
-                yield _parquet_record(file, number, value)
+            for value, fault in _values(batch):
+                yield _parquet_record(file, number, value, fault)
                 number += 1
     except (pa.ArrowException, OSError) as error:
         yield _damaged(file, number, f"no readable Parquet: {error}")
 
 
-def _values(batch: pa.RecordBatch) -> list[dict[str, Any] | UnicodeDecodeError]:
-    try:
-        return list(batch.to_pylist())
-    except UnicodeDecodeError as error:
-        if batch.num_rows == 1:
-            return [error]
-        return [_values(batch.slice(index, 1))[0] for index in range(batch.num_rows)]
+def _values(batch: pa.RecordBatch) -> list[tuple[dict[str, Any], str | None]]:
+    """Columns of every row, and why it is no record where one of them can't be read."""
+    if len(set(batch.schema.names)) == batch.num_columns:
+        try:
+            return [(value, None) for value in batch.to_pylist()]
+        except _NO_PYTHON_VALUE:
+            pass
+    return [_readable(batch.slice(index, 1)) for index in range(batch.num_rows)]
+
+
+def _readable(row: pa.RecordBatch) -> tuple[dict[str, Any], str | None]:
+    """The columns of a row that can be read, and the fault of the first that can't."""
+    value: dict[str, Any] = {}
+    faults = []
+    for name, column in zip(row.schema.names, row.columns, strict=True):
+        if name in value:
+            faults.append(f"unparsable: two columns are called {name!r}")
+            continue
+        try:
+            value[name] = column[0].as_py()
+        except UnicodeDecodeError as error:
+            faults.append(f"invalid_unicode: column {name!r}: {error}")
+        except _NO_PYTHON_VALUE:
+            why = f"column {name!r} has a value of type {column.type} that Python can't hold"
+            faults.append(f"unparsable: {why}")
+    return value, next(iter(faults), None)
 
 
 def _parquet_record(
-    file: str, number: int, value: dict[str, Any] | UnicodeDecodeError
+    file: str, number: int, value: dict[str, Any], fault: str | None
 ) -> Record | BadRecord:
-    if isinstance(value, UnicodeDecodeError):
-        return BadRecord(file, number, f"invalid_unicode: {value}", "")
-    try:
-        return Record(file, number, {name: _plain(one) for name, one in value.items()})
-    except ValueError as error:
-        text = json.dumps(value, ensure_ascii=False, default=str)
-        return BadRecord(file, number, f"unparsable: {error}", shown(text))
+    if fault is None:
+        try:
+            return Record(file, number, {name: _plain(one) for name, one in value.items()})
+        except ValueError as error:
+            fault = f"unparsable: {error}"
+    return BadRecord(file, number, fault, shown(json.dumps(value, ensure_ascii=False, default=str)))
 
 
 def _plain(value: Any) -> Any:
@@ -475,6 +497,8 @@ def _plain(value: Any) -> Any:
         return base64.b64encode(value).decode()
     if isinstance(value, (datetime.date, datetime.time)):
         return value.isoformat()
-    if isinstance(value, (decimal.Decimal, datetime.timedelta)):
+    if isinstance(value, (decimal.Decimal, datetime.timedelta, uuid.UUID)):
         return str(value)
-    return value
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    raise ValueError(f"holds a {type(value).__name__}, which has no form in JSON")

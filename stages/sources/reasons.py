@@ -6,7 +6,10 @@ A reason is a code alone or `code: detail`. Reports count codes; rejects keep th
 from __future__ import annotations
 
 REASONS: dict[str, str] = {
-    "unparsable": "not JSON or CSV, or it holds NaN or infinity; mend or remove the record",
+    "unparsable": (
+        "not JSON or CSV, or it holds what JSON has no form for, such as infinity, a date beyond "
+        "the year 9999 or two columns of one name; mend or remove the record"
+    ),
     "damaged_file": (
         "the rest of the file cannot be read, so that more records may be lost than this one; "
         "fetch the file again"
