@@ -47,7 +47,7 @@ def ingest_identity(config: Config) -> dict[str, Any]:
     recipe = config.portable_recipe
     return {
         "stage": "ingest",
-        "version": 5,
+        "version": 6,
         "settings": config.ingest.model_dump(mode="json"),
         "contamination": recipe["contamination"],
         "sources": {source["name"]: source for source in recipe["sources"]},

@@ -374,6 +374,10 @@ def test_warnings_of_unknown_and_noncommercial_licences(run: Run, url: str) -> N
     assert text.startswith("15 emitted rows are under non-commercial licences (cc-by-nc-4.0)")
     card = run.emit(url, budget_rows=60).files["README.md"].decode()
     assert yaml.safe_load(card.split("---\n")[1])["license"] == "cc-by-nc-4.0"
+    for row, stated in zip(run.rows[:50], ["unknown", "MIT AND n/a", "other"] * 17, strict=False):
+        row["license"] = stated
+    (text,) = warned(run, url)
+    assert text.startswith("15 emitted rows state no licence (of sums)")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 from stages.emission.gather import Gathered
 from stages.emission.records import StageRecord
 from stages.emission.sample import IntArray
-from stages.licenses import UNRESTRICTED, is_noncommercial, license_name
+from stages.licenses import UNRESTRICTED, is_noncommercial, license_name, license_names
 
 _CUT = {
     "response_truncated": ("difficulty", "student", "responses cut"),
@@ -165,10 +165,13 @@ def license_warnings(
         written: emitted lines whose text a model wrote, by its role (`stage.field`).
     """
     said = []
-    silent = {name: counts[None] for name, counts in by_source.items() if counts.get(None)}
+    silent: Counter[str] = Counter()
+    for source, counts in by_source.items():
+        silent[source] += sum(n for name, n in counts.items() if None in license_names(name))
+    silent = +silent
     if silent:
         said.append(
-            f"{sum(silent.values()):,} emitted rows state no licence (of {', '.join(silent)}): "
+            f"{silent.total():,} emitted rows state no licence (of {', '.join(silent)}): "
             "find out which they are under, and state it as `license` of the source"
         )
     strict: Counter[str] = Counter()

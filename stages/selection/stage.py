@@ -81,7 +81,7 @@ class SelectionStage:
     """Keeps or drops every row; ties go to the lower id."""
 
     name = "selection"
-    version = 2
+    version = 3
 
     def __init__(
         self,
