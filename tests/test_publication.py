@@ -205,9 +205,11 @@ def test_axolotl_reads_the_folder_by_its_card(
     outcome = prefixed(run).emit(url, budget_rows=60, validation=0.1)
     written(outcome, str(tmp_path / "dataset"))
     config = yaml.safe_load(outcome.files["trainers/axolotl.yaml"])
+    assert config["train_on_inputs"] is False
     monkeypatch.chdir(tmp_path)
     for key, folder in (("datasets", "data"), ("test_datasets", "validation")):
         (entry,) = config[key]
+        assert entry["roles_to_train"] == ["assistant"]
         rows = datasets.load_dataset(
             entry["path"], entry["name"], split=entry["split"], cache_dir=str(tmp_path / "cache")
         )
@@ -277,6 +279,23 @@ def test_croissant_is_valid_and_its_records_are_the_rows(
     prefix = list(dataset.records("prefix-train"))
     first = read(outcome, "prefix")[0]
     assert [int(i) for i in prefix[0]["prefix-train/input_ids"]] == first["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("form", "trains"),
+    [
+        ("messages", {"TRL": "every assistant turn", "LLaMA-Factory": "`mask_history` stay false",
+                      "Axolotl": "every assistant turn"}),
+        ("prompt_completion", {"TRL": "the completion alone"}),
+    ],
+)  # fmt: skip
+def test_card_says_what_each_trainer_trains_on(
+    run: Run, url: str, form: str, trains: dict[str, str]
+) -> None:
+    card = run.emit(url, budget_rows=20, format=form).files["README.md"].decode()
+    for trainer, words in trains.items():
+        (line,) = (line for line in card.splitlines() if line.startswith(f"* {trainer}: "))
+        assert words in line
 
 
 def test_windows_tell_what_models_did_not_see(run: Run, url: str) -> None:
