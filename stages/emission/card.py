@@ -134,10 +134,9 @@ def _use(facts: Facts, trainers: Sequence[str]) -> str:
             ],
             left=1,
         )
-        held += (
-            "\n\nAll rows of one prompt, as it was and as it was rewritten, are in one split. "
-            "Both splits together have the weights of the mixture."
-        )
+        held += "\n\nBoth splits together have the weights of the mixture."
+    if facts.split_note:
+        held += f"\n\n{facts.split_note}"
     files = "\n".join(f"* {note}" for note in trainers)
     return f"```python\n{load}\n```\n\nColumns: {columns}.\n\n{files}{held}"
 
