@@ -419,7 +419,7 @@ def test_card_front_matter_and_tables(run: Run, url: str) -> None:
     assert front["size_categories"] == ["n<1K"]
     assert front["configs"][0]["data_files"] == [{"split": "train", "path": "data/train-*.parquet"}]
     assert "| sums | mit | 53 | 50 | 40 | 15 | 0.2500 |" in card
-    assert "a\\|b-#-&lt;script>no-heading" in card
+    assert "a\\|b-#-\\<script\\>no-heading" in card
     assert "<script>" not in card
 
 

@@ -172,7 +172,7 @@ def license_warnings(
     if silent:
         said.append(
             f"{silent.total():,} emitted rows state no licence (of {', '.join(silent)}): "
-            "find out which they are under, and state it as `license` of the source"
+            "find out which they are under, and state it as the source's license"
         )
     strict: Counter[str] = Counter()
     for counts in by_source.values():
@@ -187,7 +187,7 @@ def license_warnings(
         if lines and model.terms is None:
             said.append(
                 f"models.{model.name} wrote text of {lines:,} emitted lines and states no terms: "
-                "read its maker's, and state them as `terms` of the model"
+                "read its maker's, and state them as the model's terms"
             )
     return said
 
