@@ -320,7 +320,8 @@ def test_trainers_that_would_lose_something_get_no_file_and_the_card_says_why(
 def test_croissant_is_valid_and_its_records_are_the_rows(
     run: Run, url: str, tmp_path: Path, form: str
 ) -> None:
-    mlc = pytest.importorskip("mlcroissant")
+    import mlcroissant as mlc
+
     outcome = prefixed(run).emit(
         url, budget_rows=60, validation=0.1, shard_bytes=4_000, format=form
     )
@@ -347,6 +348,68 @@ def test_croissant_is_valid_and_its_records_are_the_rows(
     prefix = list(dataset.records("prefix-train"))
     first = read(outcome, "prefix")[0]
     assert [int(i) for i in prefix[0]["prefix-train/input_ids"]] == first["input_ids"]
+
+
+def with_concepts(run: Run, url: str) -> Run:
+    """Two latents a token of each row, in every third only one; a row in seven has none."""
+    count = range(len(run.rows))
+    none = [i % 7 == 6 for i in count]
+    run.column(
+        "concept_input_ids",
+        pa.list_(pa.int32()),
+        [None if none[i] else [i, i + 1, i + 2] for i in count],
+    )
+    slots = [[[i, -1 if i % 3 else i + 1]] * 2 + [[-1, -1]] for i in count]
+    run.column("concept_ids", pa.list_(pa.list_(pa.int32())), slots)
+    scores = [[[0.5, 0.0 if i % 3 else 0.25]] * 2 + [[0.0, 0.0]] for i in count]
+    run.column("concept_scores", pa.list_(pa.list_(pa.float32())), scores)
+    run.column("concept_row_ids", pa.list_(pa.int32()), [[i] for i in count])
+    run.column("concept_row_scores", pa.list_(pa.float32()), [[0.5]])
+    run.recipe = {
+        "models": {"small": {"model": "hub/small"}},
+        "dictionary": {"layer": 3},
+        "concepts": {"student": "small"},
+    }
+    run.identities = {"dictionary": {"version": 1}}
+    dictionary = Store(f"{url}/dictionary")
+    dictionary.write_json("cfg.json", {"d_sae": 200})
+    dictionary.write_bytes("sae_weights.safetensors", b"weights")
+    return run
+
+
+def plain(value: Any) -> Any:
+    """Nested arrays as lists."""
+    return [plain(one) for one in value] if np.ndim(value) else np.asarray(value).item()
+
+
+def test_croissant_describes_concepts(run: Run, url: str, tmp_path: Path) -> None:
+    import mlcroissant as mlc
+
+    outcome = with_concepts(run, url).emit(url, budget_rows=60, validation=0.2, shard_bytes=4_000)
+    written(outcome, str(tmp_path / "set"))
+    dataset = mlc.Dataset(str(tmp_path / "set" / "croissant.json"))
+    assert not dataset.metadata.issues.errors
+    lines: dict[str, list[Any]] = {split: [] for split in ("train", "validation")}
+    for name in outcome.files:
+        if name.startswith("concepts/") and name.endswith(".parquet"):
+            split = name.removeprefix("concepts/").split("-")[0]
+            lines[split] += pq.read_table(pa.BufferReader(outcome.files[name])).to_pylist()
+    assert {record.id for record in dataset.metadata.record_sets} == {
+        "train", "validation", "concepts-train", "concepts-validation"
+    }  # fmt: skip
+    for split, written_lines in lines.items():
+        assert written_lines
+        of = {line["id"]: line for line in written_lines}
+        records = list(dataset.records(f"concepts-{split}"))
+        assert len(records) == len(written_lines)
+        for record in records:
+            told = {key.rpartition("/")[2]: value for key, value in record.items()}
+            line = of[told.pop("id").decode()]
+            assert told.pop("source").decode() == line["source"]
+            assert set(told) == set(line) - {"id", "source"}
+            assert {name: plain(value) for name, value in told.items()} == {
+                name: line[name] for name in told
+            }
 
 
 @pytest.mark.parametrize(
