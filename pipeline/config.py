@@ -213,7 +213,7 @@ class Recipe(BaseModel):
                 continue
             name = getattr(settings, role)
             model = self.models.get(name)
-            if model is not None and not self.license_policy.allows(model.terms):
+            if model is not None and not self.license_policy.allows_terms(model.terms):
                 said = f"the terms {model.terms!r}" if model.terms else "no terms"
                 raise ValueError(
                     f"{section}.{role} writes text into the data set, and models.{name} states "

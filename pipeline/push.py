@@ -9,12 +9,30 @@ from typing import Any, cast
 
 from pipeline.flow import folder_of
 from pipeline.rundir import opened_run, read_manifest
+from stages.emission.shards import FOLDERS
 from stages.errors import ConfigError, StageError
 from stages.storage import Store
 
 _KEPT = frozenset({"emitted.parquet"})
 """Files that serve the run alone."""
 _REPORT = "report.html"
+OWN_FILES = (
+    *(
+        f"{folder}/{split}-?????-of-?????.parquet"
+        for split, own in FOLDERS.items()
+        for folder in (own, "prefix", "concepts")
+    ),
+    "concepts/dictionary.json",
+    "trainers/trl_sft.py",
+    "trainers/axolotl.yaml",
+    "README.md",
+    "croissant.json",
+    "dataset_info.json",
+    "lineage.json",
+    "recipe.yaml",
+    _REPORT,
+)
+"""Names that files of a data set have: those of an earlier push go, other files stay."""
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -93,6 +111,7 @@ def _uploaded(folder: str, names: list[str], repo: str, private: bool) -> str:
             **options,
             folder_path=folder,
             allow_patterns=names,
+            delete_patterns=list(OWN_FILES),
             commit_message="Data set of a tamis run",
         )
     except HfHubHTTPError as error:

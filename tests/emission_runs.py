@@ -76,6 +76,7 @@ class Run:
     identities: dict[str, dict[str, Any]] = field(default_factory=dict)
     rejects: list[dict[str, Any]] = field(default_factory=list)
     left_out: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tasks: tuple[str, ...] = ("sums", "sums")
 
     def add(self, source: str, count: int, **of_source: Any) -> None:
         """Rows of a source; every fifth is dropped, every third of the rest was rewritten."""
@@ -179,7 +180,7 @@ class Run:
         return stage.decide(self.table(shards), self.targets(), self.artifacts(url))
 
     def targets(self) -> Table:
-        return Table([pa.table({"task": pa.array(["sums", "sums"]).dictionary_encode()})])
+        return Table([pa.table({"task": pa.array(self.tasks).dictionary_encode()})])
 
 
 def user(text: str) -> dict[str, Any]:

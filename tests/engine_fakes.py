@@ -62,7 +62,7 @@ class FakeGenerator:
     def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[Any]:
         self.asked["generator"] += len(requests)
         texts = [f"A text of its own: {unit(tuple(r.prompt), r.seed):.9f}." for r in requests]
-        return [Completion((5, 6, 7), text, "stop", -1.0) for text in texts]
+        return [Completion((5, 6, 7), text, "stop", -1.0, end_id=2) for text in texts]
 
     def close(self) -> None: ...
 

@@ -347,7 +347,7 @@ class AskedGenerator:
             raise KeyboardInterrupt
         self.calls.append(len(requests))
         return [
-            Completion((request.seed,), f"text {request.seed}", "stop", -0.5)
+            Completion((request.seed,), f"text {request.seed}", "stop", -0.5, end_id=request.seed)
             for request in requests
         ]
 
@@ -363,6 +363,7 @@ def test_cache_asks_again_only_the_chunk_in_flight() -> None:
     found = asyncio.run(cached.generate(requests, Sampling(8)))
     assert fresh.calls == [2]
     assert [completion.text for completion in found] == [f"text {seed}" for seed in range(10)]
+    assert [completion.end_id for completion in found] == list(range(10))
     for other in (
         CachedGenerator(AskedGenerator(), store, "another model", 4).generate(
             requests, Sampling(8)

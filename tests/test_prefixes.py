@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,13 @@ from conftest import STUDENT
 from stages.base import checked_columns
 from stages.engines import Completion, GenerationRequest, Sampling
 from stages.engines.settings import ModelSettings
-from stages.errors import ConfigError
+from stages.errors import ConfigError, StageError
 from stages.prefixes.settings import PrefixesSettings
 from stages.prefixes.stage import PrefixesStage
 from stages.rows import MESSAGES
 
+END = 50_000
+"""An end that isn't the tokenizer's EOS."""
 SMALL = ModelSettings(model=STUDENT, threads=1, max_length=256)
 
 
@@ -45,7 +48,8 @@ class Streams:
             ends = self.ends_at is not None and self.ends_at < sampling.max_new_tokens
             count = self.ends_at if ends and self.ends_at is not None else sampling.max_new_tokens
             ids = tuple(self.stream(request.seed, count))
-            made.append(Completion(ids, "text", "stop" if ends else "length", -1.0))
+            end = END if ends else None
+            made.append(Completion(ids, "text", "stop" if ends else "length", -1.0, None, end))
         return made
 
 
@@ -124,8 +128,9 @@ def test_end_token(
         ["Why?"], Streams(ends_at), share=share, tokens=8, max_new_tokens=64, end_token=end_token
     )
     assert len(row["prefix_ids"]) == ids
-    assert (row["prefix_ids"][-1] == student_tokenizer.eos_token_id) == ends
-    assert student_tokenizer.eos_token_id not in row["prefix_ids"][:-1]
+    end = student_tokenizer.eos_token_id if ends_at is None else END
+    assert (row["prefix_ids"][-1] == end) == ends
+    assert not {END, student_tokenizer.eos_token_id} & set(row["prefix_ids"][:-1])
 
 
 def test_whole_solution_without_an_end_is_left_out() -> None:
@@ -184,17 +189,47 @@ def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
         PrefixesSettings(**wrong)
 
 
+def test_unknown_end_of_an_old_cache_is_refused() -> None:
+    class Old(Streams):
+        async def generate(self, requests: Any, sampling: Sampling) -> list[Completion]:
+            return [replace(one, end_id=None) for one in await super().generate(requests, sampling)]
+
+    with pytest.raises(StageError, match="name another"):
+        made(["Why?"], Old(ends_at=5), tokens=8, share=0.0)
+    assert made(["Why?"], Old(), tokens=8, share=0.0)[0]["prefixes_status"] == "ok"
+
+
+class Model:
+    """The student behind the engine's interface."""
+
+    def __init__(self) -> None:
+        from stages.engines.generator import TransformersGenerator
+
+        self.inner = TransformersGenerator(SMALL)
+
+    async def generate(self, requests: Any, sampling: Sampling) -> list[Completion]:
+        return self.inner.generate(requests, sampling)
+
+
+def test_what_a_real_model_drew_ends_with_the_end_that_it_drew(
+    student_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model may name several ends; the ids are all that were drawn, the end included."""
+    model, prompts = Model(), ["Name three colours."]
+    (row,) = made(prompts, model, tokens=16, share=0.0, temperature=0.0)
+    stream = row["prefix_ids"]
+    assert len(stream) == 16
+    place = next(i for i in range(3, 16) if stream[i] not in stream[:i])
+    ends = [student_tokenizer.eos_token_id, stream[place]]
+    monkeypatch.setattr(model.inner._model.generation_config, "eos_token_id", ends)
+    for share in (0.0, 1.0):
+        (row,) = made(prompts, model, tokens=16, share=share, temperature=0.0)
+        assert row["prefix_ids"] == stream[: place + 1]
+        assert row["prefix_sampled_tokens"] == place
+
+
 def test_real_prefix_begins_the_whole_solution_of_the_same_prompt() -> None:
     """A prefix is r_{<t} of a sample r of p(. | x): cutting the sampler short changes nothing."""
-    from stages.engines.generator import TransformersGenerator
-
-    class Model:
-        def __init__(self) -> None:
-            self.inner = TransformersGenerator(SMALL)
-
-        async def generate(self, requests: Any, sampling: Sampling) -> list[Completion]:
-            return self.inner.generate(requests, sampling)
-
     model, prompts = Model(), ["Name three colours.", "What is 3 plus 4?"]
     short = made(prompts, model, tokens=8, share=0.0)
     long = made(prompts, model, tokens=24, share=0.0)

@@ -56,18 +56,67 @@ def test_no_prompt_is_on_both_sides(
     try:
         outcome = run.emit(folder, validation=share)
     except StageError as error:
-        assert "share one prompt" in str(error)  # noqa: PT017 - allowed, not asked for
+        assert "none would be left to train on" in str(error)  # noqa: PT017 - allowed, not asked for
         return
     train, held = read(outcome), read(outcome, "validation")
     assert len(train) + len(held) == len(asked)
     assert train
-    assert held
     sides = [
         prompts(side) | {t["content"] for line in side for t in _original(line)}
         for side in (train, held)
     ]
     assert not sides[0] & sides[1]
-    assert outcome.report["splits"] == {"train": len(train), "validation": len(held)}
+    counts = {"train": len(train), "validation": len(held)}
+    assert outcome.report["splits"] == {split: count for split, count in counts.items() if count}
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_side_of_a_prompt_depends_on_no_other_row(tmp_path_factory: Any, data: Any) -> None:
+    """Nor on how often it is asked, on what a rewrite made of it, or on a smaller share."""
+    seed = data.draw(st.integers(0, 9), "seed")
+    share = data.draw(st.floats(0.05, 0.5), "share")
+    asked = data.draw(st.lists(st.integers(0, 40), min_size=30, max_size=60), "prompts")
+    kept = data.draw(st.integers(15, len(asked)), "rows of the smaller run")
+    rewritten = data.draw(st.sets(st.integers(0, len(asked) - 1)), "rewritten rows")
+
+    def sides(count: int, share: float, changed: set[int]) -> dict[int, str]:
+        run = Run()
+        run.add("sums", count)
+        for i, row in enumerate(run.rows):
+            row["messages"] = [user(f"q{asked[i]}"), assistant(f"{i}")]
+            new = [user(f"better {i}"), assistant(f"{i}")]
+            row["messages_reflected"] = new if i in changed else None
+            row["keep"] = True
+        folder = str(tmp_path_factory.mktemp("run"))
+        try:
+            outcome = run.emit(folder, seed=seed, validation=share)
+        except StageError:
+            return dict.fromkeys(asked[:count], "validation")
+        of = {row["id"]: asked[i] for i, row in enumerate(run.rows)}
+        return {
+            of[line["id"]]: split
+            for split, where in (("train", "data"), ("validation", "validation"))
+            for line in read(outcome, where)
+        }
+
+    whole = sides(len(asked), share, set())
+    for part in (sides(kept, share, set()), sides(kept, share, rewritten)):
+        assert part == {prompt: whole[prompt] for prompt in asked[:kept]}
+    smaller = sides(len(asked), share / 2, set())
+    assert all(whole[prompt] == "validation" for prompt in whole if smaller[prompt] != "train")
+
+
+def test_share_of_prompts_held_out_is_near_what_is_asked_for(url: str) -> None:
+    """Within four standard deviations of a binomial, also where every prompt was rewritten."""
+    run = Run()
+    run.add("sums", 2_000)
+    for i, row in enumerate(run.rows):
+        row["keep"] = True
+        row["messages_reflected"] = [user(f"better {i}"), assistant("yes")] if i % 2 else None
+    for share in (0.05, 0.3):
+        held = len(read(run.emit(url, validation=share), "validation"))
+        assert abs(held - 2_000 * share) < 4 * (2_000 * share * (1 - share)) ** 0.5
 
 
 def _original(line: dict[str, Any]) -> list[dict[str, Any]]:
@@ -75,11 +124,11 @@ def _original(line: dict[str, Any]) -> list[dict[str, Any]]:
     return turns[:-1]
 
 
-def test_validation_has_its_share_and_the_rest_stays_as_it_was(run: Run, url: str) -> None:
+def test_validation_is_cut_out_and_the_rest_stays_as_it_was(run: Run, url: str) -> None:
     whole = read(run.emit(url, budget_rows=80))
     outcome = run.emit(url, budget_rows=80, validation=0.1)
     train, held = read(outcome), read(outcome, "validation")
-    assert len(held) == 8
+    assert held
     assert [line for line in whole if line not in held] == train
     assert [line for line in whole if line in held] == held
     front = yaml.safe_load(outcome.files["README.md"].decode().split("---\n")[1])
@@ -94,12 +143,31 @@ def test_validation_has_its_share_and_the_rest_stays_as_it_was(run: Run, url: st
     assert again.files == outcome.files
 
 
-def test_small_share_still_holds_out_a_prompt_and_one_prompt_none(run: Run, url: str) -> None:
-    assert len(read(run.emit(url, budget_rows=20, validation=0.001), "validation")) == 1
+def test_without_a_held_out_prompt_card_and_report_say_so(run: Run, url: str) -> None:
+    outcome = run.emit(url, budget_rows=20, validation=1e-9)
+    assert len(read(outcome)) == 20
+    assert not [name for name in outcome.files if name.startswith("validation/")]
+    for name in ("README.md", "report.html"):
+        shown = outcome.files[name].decode().replace("&#39;", "'")
+        assert "There is no validation split: no prompt's hash fell into the share 1e-09" in shown
+    front = yaml.safe_load(outcome.files["README.md"].decode().split("---\n")[1])
+    assert [one["split"] for one in front["configs"][0]["data_files"]] == ["train"]
+    info = json.loads(outcome.files["dataset_info.json"])
+    assert set(info) == {"small"}
+
+
+def test_nothing_left_to_train_on_is_refused(run: Run, url: str) -> None:
     for row in run.rows:
         row["messages"], row["messages_reflected"] = [user("same"), assistant(row["id"])], None
-    with pytest.raises(StageError, match="share one prompt"):
-        run.emit(url, budget_rows=20, validation=0.1)
+    sides = []
+    for seed in range(20):
+        try:
+            run.emit(url, budget_rows=20, validation=0.5, seed=seed)
+            sides.append("train")
+        except StageError as error:
+            assert "none would be left to train on" in str(error)  # noqa: PT017
+            sides.append("validation")
+    assert set(sides) == {"train", "validation"}
 
 
 def prefixed(run: Run) -> Run:
@@ -205,9 +273,11 @@ def test_axolotl_reads_the_folder_by_its_card(
     outcome = prefixed(run).emit(url, budget_rows=60, validation=0.1)
     written(outcome, str(tmp_path / "dataset"))
     config = yaml.safe_load(outcome.files["trainers/axolotl.yaml"])
+    assert config["train_on_inputs"] is False
     monkeypatch.chdir(tmp_path)
     for key, folder in (("datasets", "data"), ("test_datasets", "validation")):
         (entry,) = config[key]
+        assert entry["roles_to_train"] == ["assistant"]
         rows = datasets.load_dataset(
             entry["path"], entry["name"], split=entry["split"], cache_dir=str(tmp_path / "cache")
         )
@@ -250,7 +320,8 @@ def test_trainers_that_would_lose_something_get_no_file_and_the_card_says_why(
 def test_croissant_is_valid_and_its_records_are_the_rows(
     run: Run, url: str, tmp_path: Path, form: str
 ) -> None:
-    mlc = pytest.importorskip("mlcroissant")
+    import mlcroissant as mlc
+
     outcome = prefixed(run).emit(
         url, budget_rows=60, validation=0.1, shard_bytes=4_000, format=form
     )
@@ -277,6 +348,85 @@ def test_croissant_is_valid_and_its_records_are_the_rows(
     prefix = list(dataset.records("prefix-train"))
     first = read(outcome, "prefix")[0]
     assert [int(i) for i in prefix[0]["prefix-train/input_ids"]] == first["input_ids"]
+
+
+def with_concepts(run: Run, url: str) -> Run:
+    """Two latents a token of each row, in every third only one; a row in seven has none."""
+    count = range(len(run.rows))
+    none = [i % 7 == 6 for i in count]
+    run.column(
+        "concept_input_ids",
+        pa.list_(pa.int32()),
+        [None if none[i] else [i, i + 1, i + 2] for i in count],
+    )
+    slots = [[[i, -1 if i % 3 else i + 1]] * 2 + [[-1, -1]] for i in count]
+    run.column("concept_ids", pa.list_(pa.list_(pa.int32())), slots)
+    scores = [[[0.5, 0.0 if i % 3 else 0.25]] * 2 + [[0.0, 0.0]] for i in count]
+    run.column("concept_scores", pa.list_(pa.list_(pa.float32())), scores)
+    run.column("concept_row_ids", pa.list_(pa.int32()), [[i] for i in count])
+    run.column("concept_row_scores", pa.list_(pa.float32()), [[0.5]])
+    run.recipe = {
+        "models": {"small": {"model": "hub/small"}},
+        "dictionary": {"layer": 3},
+        "concepts": {"student": "small"},
+    }
+    run.identities = {"dictionary": {"version": 1}}
+    dictionary = Store(f"{url}/dictionary")
+    dictionary.write_json("cfg.json", {"d_sae": 200})
+    dictionary.write_bytes("sae_weights.safetensors", b"weights")
+    return run
+
+
+def plain(value: Any) -> Any:
+    """Nested arrays as lists."""
+    return [plain(one) for one in value] if np.ndim(value) else np.asarray(value).item()
+
+
+def test_croissant_describes_concepts(run: Run, url: str, tmp_path: Path) -> None:
+    import mlcroissant as mlc
+
+    outcome = with_concepts(run, url).emit(url, budget_rows=60, validation=0.2, shard_bytes=4_000)
+    written(outcome, str(tmp_path / "set"))
+    dataset = mlc.Dataset(str(tmp_path / "set" / "croissant.json"))
+    assert not dataset.metadata.issues.errors
+    lines: dict[str, list[Any]] = {split: [] for split in ("train", "validation")}
+    for name in outcome.files:
+        if name.startswith("concepts/") and name.endswith(".parquet"):
+            split = name.removeprefix("concepts/").split("-")[0]
+            lines[split] += pq.read_table(pa.BufferReader(outcome.files[name])).to_pylist()
+    assert {record.id for record in dataset.metadata.record_sets} == {
+        "train", "validation", "concepts-train", "concepts-validation"
+    }  # fmt: skip
+    for split, written_lines in lines.items():
+        assert written_lines
+        of = {line["id"]: line for line in written_lines}
+        records = list(dataset.records(f"concepts-{split}"))
+        assert len(records) == len(written_lines)
+        for record in records:
+            told = {key.rpartition("/")[2]: value for key, value in record.items()}
+            line = of[told.pop("id").decode()]
+            assert told.pop("source").decode() == line["source"]
+            assert set(told) == set(line) - {"id", "source"}
+            assert {name: plain(value) for name, value in told.items()} == {
+                name: line[name] for name in told
+            }
+
+
+@pytest.mark.parametrize(
+    ("form", "trains"),
+    [
+        ("messages", {"TRL": "every assistant turn", "LLaMA-Factory": "`mask_history` stay false",
+                      "Axolotl": "every assistant turn"}),
+        ("prompt_completion", {"TRL": "the completion alone"}),
+    ],
+)  # fmt: skip
+def test_card_says_what_each_trainer_trains_on(
+    run: Run, url: str, form: str, trains: dict[str, str]
+) -> None:
+    card = run.emit(url, budget_rows=20, format=form).files["README.md"].decode()
+    for trainer, words in trains.items():
+        (line,) = (line for line in card.splitlines() if line.startswith(f"* {trainer}: "))
+        assert words in line
 
 
 def test_windows_tell_what_models_did_not_see(run: Run, url: str) -> None:
@@ -374,6 +524,10 @@ def test_warnings_of_unknown_and_noncommercial_licences(run: Run, url: str) -> N
     assert text.startswith("15 emitted rows are under non-commercial licences (cc-by-nc-4.0)")
     card = run.emit(url, budget_rows=60).files["README.md"].decode()
     assert yaml.safe_load(card.split("---\n")[1])["license"] == "cc-by-nc-4.0"
+    for row, stated in zip(run.rows[:50], ["unknown", "MIT AND n/a", "other"] * 17, strict=False):
+        row["license"] = stated
+    (text,) = warned(run, url)
+    assert text.startswith("15 emitted rows state no licence (of sums)")
 
 
 @pytest.mark.parametrize(

@@ -61,16 +61,25 @@ def hub() -> Iterator[Hub]:
             elif "/commit/" in self.path:
                 for line in body.splitlines():
                     entry = json.loads(line)
+                    value = entry["value"]
                     if entry["key"] == "file":
-                        value = entry["value"]
                         seen.files[value["path"]] = base64.b64decode(value["content"])
+                    elif entry["key"] == "deletedFile":
+                        del seen.files[value["path"]]
                 self._answer(200, {"commitUrl": f"{self._base}/commit/abc", "commitOid": "abc"})
             else:
                 self._answer(200, {})
 
         def do_GET(self) -> None:
             seen.requests += 1
-            self._answer(200, {"sha": "abc", "siblings": [], "id": "org/set"})
+            if "/tree/" in self.path:
+                files = [
+                    {"type": "file", "path": name, "oid": "abc", "size": len(data)}
+                    for name, data in seen.files.items()
+                ]
+                self._answer(200, files)
+            else:
+                self._answer(200, {"sha": "abc", "siblings": [], "id": "org/set"})
 
         @property
         def _base(self) -> str:
@@ -119,12 +128,12 @@ _FINISHED: list[Path] = []
 def run(recipe: Any, execute: Any) -> Path:
     """A finished run; made once, and copied for each test."""
     folder = Path(recipe.run_folder)
-    if _FINISHED:
-        shutil.copytree(_FINISHED[0], folder)
-        return folder
     recipe.value["emission"] = {"budget_rows": 8, "validation": 0.25}
     recipe.value["prefixes"] = {"tokens": 8, "share": 0.3, "max_new_tokens": 16}
     recipe.value["sources"][0]["license"] = "mit"
+    if _FINISHED:
+        shutil.copytree(_FINISHED[0], folder)
+        return folder
     execute()
     _FINISHED.append(folder.with_name("finished"))
     shutil.copytree(folder, _FINISHED[0])
@@ -150,6 +159,36 @@ def test_push_uploads_the_data_set_and_neither_report_nor_run_files(run: Path, h
     assert "warning: " in done.stderr
     assert "state no licence (of pears)" in done.stderr
     assert TOKEN not in done.stdout + done.stderr
+
+
+def test_second_push_leaves_no_file_of_the_first_and_all_of_others(
+    run: Path, recipe: Any, execute: Any, hub: Hub, tmp_path: Path
+) -> None:
+    import datasets
+
+    others = {".gitattributes": b"x", "data/notes.csv": b"a", "data/train-1.parquet": b"b"}
+    hub.files |= others
+    for shard_bytes, report in ((1_000, ["--with-report"]), (1_000_000, [])):
+        recipe.value["emission"] = {"budget_rows": 8, "shard_bytes": shard_bytes}
+        if shard_bytes == 1_000:
+            recipe.value["emission"]["validation"] = 0.25
+        execute(restart_from="emission")
+        done = tamis("push", str(run), "--repo", "org/set", *report, port=hub.port)
+        assert done.returncode == 0, done.stderr
+        pushed = {name: data for name, data in hub.files.items() if name not in others}
+        assert set(pushed) == listed(done.stdout)
+        shards = [name for name in pushed if name.startswith("data/")]
+        assert (len(shards) > 1) == (shard_bytes == 1_000)
+    assert hub.files == others | pushed
+    for name, data in pushed.items():
+        path = tmp_path / "cloned" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    loaded = datasets.load_dataset(
+        str(tmp_path / "cloned"), split="train", cache_dir=str(tmp_path / "datasets")
+    )
+    assert sorted(loaded["id"]) == sorted(set(loaded["id"]))
+    assert len(loaded) == 8
 
 
 def test_dry_run_lists_the_same_files_and_asks_nobody(run: Path, hub: Hub) -> None:

@@ -22,6 +22,7 @@ import zstandard
 from pydantic import ValidationError
 
 from stages.errors import ConfigError, RowError
+from stages.rows import canonical_json
 from stages.sources.answers import extract_answer, last_boxed
 from stages.sources.catalogue import KNOWN, known_source, resolved
 from stages.sources.files import files_of
@@ -593,8 +594,50 @@ def test_license_is_the_records_own_or_the_sources() -> None:
     spec = source(license="MIT")
     assert parse({"question": "Q", "answer": "A", "license": "CC0-1.0"}, spec).license == "CC0-1.0"
     assert parse({"question": "Q", "answer": "A", "license": None}, spec).license == "MIT"
-    odd = parse({"question": "Q", "answer": "A", "license": ["x"]}, spec)
-    assert (odd.license, odd.extra) == ("MIT", '{"license":["x"]}')
+
+
+@pytest.mark.parametrize(
+    ("stated", "license_", "extra"),
+    [
+        ({"licence": "CC0-1.0"}, "CC0-1.0", None),
+        ({"licenses": ["CC0-1.0"]}, "CC0-1.0", '{"licenses":["CC0-1.0"]}'),
+        ({"license": ["MIT", "CC-BY-NC-4.0"]}, "MIT AND CC-BY-NC-4.0", ...),
+        ({"license": '["CC-BY-NC-4.0"]'}, "CC-BY-NC-4.0", ...),
+        ({"license": {"name": "CC-BY-NC-4.0", "url": "u"}}, "CC-BY-NC-4.0", ...),
+        ({"license": [{"url": "u"}, None, ""]}, "u AND unknown AND unknown", ...),
+        ({"license": [""]}, "unknown", ...),
+        ({"license": "[MIT](u)"}, "[MIT](u)", None),
+        ({"license": "unknown"}, "unknown", None),
+        ({"license": "3"}, "3", None),
+        ({"license": " "}, "MIT", None),
+        ({"license": []}, "MIT", ...),
+        ({"license": 3}, RowError, None),
+        ({"license": {"by": "me"}}, RowError, None),
+        ({"license": [["MIT"]]}, RowError, None),
+        ({"license": "MIT", "licence": "CC0-1.0"}, RowError, None),
+    ],
+)
+@pytest.mark.parametrize("mapped", [False, True])
+def test_stated_license_is_never_taken_for_the_sources(
+    stated: dict[str, Any], license_: Any, extra: Any, mapped: bool
+) -> None:
+    columns = {"prompt": "question", "response": "answer"} if mapped else None
+    spec = source(license="MIT", columns=columns)
+    record = {"question": "Q", "answer": "A", **stated}
+    if license_ is RowError:
+        assert reason(record, spec) in ("wrong_type", "ambiguous")
+        return
+    parsed = parse(record, spec)
+    assert parsed.license == license_
+    assert parsed.extra == (canonical_json(stated) if extra is ... else extra)
+
+
+def test_column_map_names_the_license() -> None:
+    spec = source(columns={"prompt": "licence", "response": "a", "license": "terms"})
+    parsed = parse({"licence": "Q", "a": "A", "terms": "CC0-1.0", "license": "MIT"}, spec)
+    assert (turns(parsed)[0], parsed.license) == (("user", "Q"), "CC0-1.0")
+    unmapped = source(columns={"prompt": "licence", "response": "a"}, license="MIT")
+    assert parse({"licence": "Q", "a": "A"}, unmapped).license == "MIT"
 
 
 def test_column_map_reads_any_columns() -> None:

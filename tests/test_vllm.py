@@ -113,7 +113,7 @@ def test_greedy_text_is_that_of_transformers(
             student_tokenizer.convert_ids_to_tokens(list(ours.token_ids))
         )
         if ours.token_ids == theirs.token_ids:
-            assert ours.finish_reason == theirs.finish_reason
+            assert (ours.finish_reason, ours.end_id) == (theirs.finish_reason, theirs.end_id)
             assert ours.log_prob == pytest.approx(theirs.log_prob, abs=1e-3)
     assert any(
         ours.token_ids == theirs.token_ids and ours.finish_reason == "stop"

@@ -10,6 +10,7 @@ import yaml
 
 from stages.emission.certificate import certificate_sentences, method_words, range_words
 from stages.emission.facts import Facts
+from stages.emission.markdown import code, escaped, table
 from stages.emission.shards import FOLDERS
 from stages.emission.splits import TRAIN, VALIDATION
 from stages.licenses import card_license, is_noncommercial
@@ -37,7 +38,7 @@ def card_markdown(facts: Facts, version: int, trainers: Sequence[str]) -> bytes:
     """
     parts = [
         _front_matter(facts),
-        f"# {_cell(facts.name)}",
+        f"# {escaped(facts.name)}",
         about(facts),
         *_warnings(facts),
         "## Use\n\n" + _use(facts, trainers),
@@ -116,17 +117,17 @@ def about(facts: Facts) -> str:
 
 
 def _warnings(facts: Facts) -> list[str]:
-    lines = [f"> **Before you publish or use this:** {_cell(text)}." for text in facts.warnings]
+    lines = [f"> **Before you publish or use this:** {escaped(text)}." for text in facts.warnings]
     return ["\n>\n".join(lines)] if lines else []
 
 
 def _use(facts: Facts, trainers: Sequence[str]) -> str:
-    columns = ", ".join(f"`{name}`" for name in facts.columns)
+    columns = ", ".join(map(code, facts.columns))
     load = 'from datasets import load_dataset\n\nrows = load_dataset("PATH", split="train")'
     held = ""
     if VALIDATION in facts.splits:
         counts = {name: facts.splits[name] for name in (TRAIN, VALIDATION)}
-        held = "\n\n" + _table(
+        held = "\n\n" + table(
             ["split", "rows", "prompts"],
             [
                 [name, f"{lines:,}", f"{prompts or 0:,}"]
@@ -134,10 +135,9 @@ def _use(facts: Facts, trainers: Sequence[str]) -> str:
             ],
             left=1,
         )
-        held += (
-            "\n\nAll rows of one prompt, as it was and as it was rewritten, are in one split. "
-            "Both splits together have the weights of the mixture."
-        )
+        held += "\n\nBoth splits together have the weights of the mixture."
+    if facts.split_note:
+        held += f"\n\n{facts.split_note}"
     files = "\n".join(f"* {note}" for note in trainers)
     return f"```python\n{load}\n```\n\nColumns: {columns}.\n\n{files}{held}"
 
@@ -162,7 +162,7 @@ def _sources(facts: Facts) -> str:
         "overlapping records, *selected* are rows that selection kept."
     )
     head = ["source", "licence", "records", "ingested", "selected", "emitted", "weight"]
-    return f"{_table(head, rows, left=2)}\n\n{note}"
+    return f"{table(head, rows, left=2)}\n\n{note}"
 
 
 def _licenses(facts: Facts) -> str:
@@ -183,7 +183,8 @@ def _licenses(facts: Facts) -> str:
     policy = facts.recipe.get("license_policy")
     blocked = sum(n for why, n in facts.reasons("dropped").items() if why.startswith("license: "))
     said = (
-        f"\n\nRows of other licences than {', '.join(policy['allow'])} were blocked: {blocked:,}."
+        f"\n\nRows of other licences than {escaped(', '.join(policy['allow']))} were blocked: "
+        f"{blocked:,}."
         if policy
         else ""
     )
@@ -191,10 +192,11 @@ def _licenses(facts: Facts) -> str:
         lines = sum(count for role, count in facts.written.items() if role in model.roles)
         if lines:
             said += (
-                f"\n\nText of {lines:,} lines was written by `{model.name}` "
-                f"({_cell(model.reference)}), whose terms are: {model.terms or 'not stated'}."
+                f"\n\nText of {lines:,} lines was written by {code(model.name)} "
+                f"({escaped(model.reference)}), whose terms are: "
+                f"{escaped(model.terms or 'not stated')}."
             )
-    return _table(["licence", "emitted rows", "sources"], rows, left=1) + said
+    return table(["licence", "emitted rows", "sources"], rows, left=1) + said
 
 
 def _reasons(facts: Facts) -> list[str]:
@@ -208,10 +210,10 @@ def _reasons(facts: Facts) -> list[str]:
         reasons = facts.reasons(name)
         if reasons:
             rows = [[reason, f"{count:,}"] for reason, count in reasons.items()]
-            parts.append(f"## {title}\n\n{_table(['reason', 'rows'], rows, left=1)}")
+            parts.append(f"## {title}\n\n{table(['reason', 'rows'], rows, left=1)}")
         if name == "rejected" and statuses:
             head = ["stage", "status", "rows"]
-            parts.append(f"## Status of rows by stage\n\n{_table(head, statuses, left=2)}")
+            parts.append(f"## Status of rows by stage\n\n{table(head, statuses, left=2)}")
     return parts
 
 
@@ -221,7 +223,7 @@ def _targets(facts: Facts) -> list[str]:
     rows = [[task, f"{count:,}"] for task, count in facts.tasks.items()]
     return [
         "## Targets\n\nExamples of what the data should serve; none of them is in the data.\n\n"
-        + _table(["task", "rows"], rows, left=1)
+        + table(["task", "rows"], rows, left=1)
     ]
 
 
@@ -244,11 +246,11 @@ def _mixture(facts: Facts) -> str:
             ]
         )
     head = ["source", "weight", "range", "cap", f"quota ({unit})", "emitted"]
-    said = " ".join(certificate_sentences(facts.mixture))
+    said = escaped(" ".join(certificate_sentences(facts.mixture)))
     spans = f" Ranges are {range_words(facts.mixture)}." if ranges else ""
     return (
         f"Weights are shares of the {unit}, {method_words(facts.mixture)}.{spans}\n\n"
-        f"{_table(head, rows, left=1)}\n\n{said}"
+        f"{table(head, rows, left=1)}\n\n{said}"
     ).rstrip()
 
 
@@ -291,7 +293,7 @@ def _models(facts: Facts) -> list[str]:
         [
             model.name,
             model.reference,
-            f"`{model.weights}`" if model.weights else "-",
+            code(model.weights) if model.weights else "-",
             model.dtype or "-",
             ", ".join(model.roles) or "-",
             model.terms or "not stated",
@@ -299,7 +301,7 @@ def _models(facts: Facts) -> list[str]:
         for model in facts.models
     ]
     head = ["name", "model", "revision or content", "dtype", "used as", "terms"]
-    return [f"## Models\n\n{_table(head, rows, left=6)}"] if rows else []
+    return [f"## Models\n\n{table(head, rows, left=6)}"] if rows else []
 
 
 def _windows(facts: Facts) -> list[str]:
@@ -315,7 +317,7 @@ def _windows(facts: Facts) -> list[str]:
         for window in facts.windows
     ]
     head = ["stage", "model", "window (tokens)", "what happened", "rows", "share"]
-    return [f"## Windows\n\n{_table(head, rows, left=2)}"] if rows else []
+    return [f"## Windows\n\n{table(head, rows, left=2)}"] if rows else []
 
 
 def _stages(facts: Facts, version: int) -> str:
@@ -323,12 +325,12 @@ def _stages(facts: Facts, version: int) -> str:
         [
             stage.name,
             str(stage.version or "-"),
-            f"`{stage.fingerprint}`" if stage.fingerprint else "-",
+            code(stage.fingerprint) if stage.fingerprint else "-",
         ]
         for stage in facts.stages
     ]
     rows.append(["emission", str(version), "-"])
-    return _table(["stage", "version", "fingerprint"], rows, left=3)
+    return table(["stage", "version", "fingerprint"], rows, left=3)
 
 
 def _reproduce(facts: Facts) -> str:
@@ -371,8 +373,9 @@ def _looked_for(recipe: Mapping[str, Any]) -> str:
         if near
         else "Exact duplicates were removed; near ones were not looked for. "
     ) + (
-        f"Rows that share {contamination['ngram']} words in a row with {', '.join(sets)} were "
-        "removed; paraphrases and other evaluation sets were not looked for."
+        f"Rows that share {contamination['ngram']} words in a row with "
+        f"{escaped(', '.join(sets))} were removed; paraphrases and other evaluation sets were not "
+        "looked for."
         if sets
         else "Overlap with targets or evaluation sets was not looked for: check before you "
         "report scores on them."
@@ -412,34 +415,22 @@ def _limits(facts: Facts) -> list[str]:
     for source in facts.offered:
         if source.shortfall > 0:
             limits.append(
-                f"{_cell(source.name)} gives {source.shortfall:,} {unit} less than its quota of "
-                f"{source.quota:,}: the next row would have passed it."
+                f"The source {code(source.name)} gives {source.shortfall:,} {unit} less than its "
+                f"quota of {source.quota:,}: the next row would have passed it."
             )
         if source.rows > source.distinct:
             limits.append(
-                f"{_cell(source.name)} is repeated: {source.rows:,} lines of {source.distinct:,} "
-                "rows."
+                f"The source {code(source.name)} is repeated: {source.rows:,} lines of "
+                f"{source.distinct:,} rows."
             )
     if facts.settings.order == "best":
         limits.append(
-            f"Sources give their rows by `{facts.settings.score}` from the top, so the emitted "
-            "rows aren't a sample of what the mixture weighed."
+            f"Sources give their rows by {code(facts.settings.score or '')} from the top, so the "
+            "emitted rows aren't a sample of what the mixture weighed."
         )
     if facts.settings.format == "messages" and "tools" in facts.columns:
         limits.append("`tools` and `tool_calls` are JSON text: parse them before a chat template.")
     return limits
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
-    """A Markdown table whose first `left` columns are aligned left, the rest right."""
-    rule = ["---" if i < left else "---:" for i in range(len(head))]
-    lines = [head, rule, *([_cell(value) for value in row] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _cell(text: str) -> str:
-    """Text that can't end a table cell or open a tag."""
-    return " ".join(text.split()).replace("<", "&lt;").replace("|", "\\|")
 
 
 def _plain(value: Any) -> Any:

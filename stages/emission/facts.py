@@ -18,6 +18,7 @@ from stages.emission.records import StageRecord
 from stages.emission.sample import IntArray
 from stages.emission.settings import EmissionSettings
 from stages.emission.shards import ShardFile
+from stages.emission.splits import VALIDATION
 from stages.licenses import license_name
 
 
@@ -137,6 +138,23 @@ class Facts:
     def warnings(self) -> list[str]:
         """What to find out or to heed before the data set is published."""
         return license_warnings(self.licenses, self.models, self.written)
+
+    @property
+    def split_note(self) -> str | None:
+        """How rows are split, None where no validation split is asked for."""
+        share = self.settings.validation
+        if not share:
+            return None
+        if VALIDATION not in self.splits:
+            return (
+                f"There is no validation split: no prompt's hash fell into the share {share:g} "
+                "that is held out. Raise emission.validation, or emit more rows."
+            )
+        return (
+            f"Prompts are held out whose hash falls into a share of {share:g}, so the share of the "
+            "rows is near it. All rows of one prompt, as it was and as it was rewritten, are in "
+            "one split, and stay there when rows are added."
+        )
 
     @property
     def names_of_licenses(self) -> set[str | None]:

@@ -10,7 +10,7 @@ from typing import Any
 from stages.emission.gather import Gathered
 from stages.emission.records import StageRecord
 from stages.emission.sample import IntArray
-from stages.licenses import UNRESTRICTED, is_noncommercial, license_name
+from stages.licenses import UNRESTRICTED, is_noncommercial, license_name, license_names
 
 _CUT = {
     "response_truncated": ("difficulty", "student", "responses cut"),
@@ -165,11 +165,14 @@ def license_warnings(
         written: emitted lines whose text a model wrote, by its role (`stage.field`).
     """
     said = []
-    silent = {name: counts[None] for name, counts in by_source.items() if counts.get(None)}
+    silent: Counter[str] = Counter()
+    for source, counts in by_source.items():
+        silent[source] += sum(n for name, n in counts.items() if None in license_names(name))
+    silent = +silent
     if silent:
         said.append(
-            f"{sum(silent.values()):,} emitted rows state no licence (of {', '.join(silent)}): "
-            "find out which they are under, and state it as `license` of the source"
+            f"{silent.total():,} emitted rows state no licence (of {', '.join(silent)}): "
+            "find out which they are under, and state it as the source's license"
         )
     strict: Counter[str] = Counter()
     for counts in by_source.values():
@@ -184,7 +187,7 @@ def license_warnings(
         if lines and model.terms is None:
             said.append(
                 f"models.{model.name} wrote text of {lines:,} emitted lines and states no terms: "
-                "read its maker's, and state them as `terms` of the model"
+                "read its maker's, and state them as the model's terms"
             )
     return said
 

@@ -36,8 +36,8 @@ class EmissionSettings(Settings):
         default=0.0,
         ge=0,
         le=0.5,
-        description="Share of the emitted rows to hold out, by prompt: all rows of one prompt are "
-        "on one side.",
+        description="Share of the prompts to hold out, by hash: all rows of one prompt are on one "
+        "side, whatever else is emitted.",
     )
     provenance: bool = Field(
         default=True, description="Write scores, outcomes and the original text of rewritten rows."

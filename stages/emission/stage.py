@@ -83,7 +83,7 @@ class EmissionStage:
     """
 
     name = "emission"
-    version = 7
+    version = 8
 
     def __init__(
         self,

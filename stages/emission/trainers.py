@@ -18,6 +18,7 @@ from stages.emission.shards import FOLDERS, Schema
 from stages.emission.splits import VALIDATION
 
 _TRL = Path(__file__).with_name("trl_sft.txt")
+_EVERY = "It trains on every assistant turn, and on nothing else"
 _AXOLOTL_NOTE = (
     "# Merge into an Axolotl config. `path` is relative to where axolotl is started, and a run "
     "calls the\n# data set's folder so: put its own path, or its name on the Hub, there.\n"
@@ -50,7 +51,7 @@ def trainer_files(name: str, schema: Schema, splits: Mapping[str, Any]) -> Train
         why_not = fits(schema)
         if why_not is None:
             made[file] = write(name, schema, splits)
-            notes.append(f"{trainer}: `{file}`.")
+            notes.append(f"{trainer}: `{file}`. {_trained(trainer, schema)}.")
         else:
             notes.append(f"{trainer}: no file, because {why_not}.")
     return TrainerFiles(made, notes)
@@ -72,6 +73,22 @@ def _fits_llama_factory(schema: Schema) -> str | None:
     if schema.layout.form == "prompt_completion":
         return "it reads no lists of turns in `prompt` and `completion`"
     return _lost(schema, {"role", "content", "name"})
+
+
+def _trained(trainer: str, schema: Schema) -> str:
+    """Which turns have a loss."""
+    if schema.layout.form == "prompt_completion":
+        return "It trains on the completion alone"
+    if trainer == "TRL":
+        return (
+            f"{_EVERY}; where the model's chat template doesn't mark them, each becomes an example "
+            "of its own, after what comes before it"
+        )
+    if trainer == "LLaMA-Factory":
+        return f"{_EVERY}, while `train_on_prompt` and `mask_history` stay false, their default"
+    if "train" in schema.layout.turn:
+        return "It trains on the turns whose `train` is true, and on assistant turns without one"
+    return _EVERY
 
 
 def _lost(schema: Schema, read: set[str]) -> str | None:
@@ -96,14 +113,17 @@ def _axolotl(name: str, schema: Schema, splits: Mapping[str, Any]) -> bytes:
             "type": "chat_template",
             "field_messages": "messages",
             "message_property_mappings": {"role": "role", "content": "content"},
+            "roles_to_train": ["assistant"],
+            "train_on_eos": "turn",
         }
         if "train" in schema.layout.turn:
             kind["message_field_training"] = "train"
-    value = {
+    value: dict[str, Any] = {
         key: [{"path": "dataset", "name": "default", "split": split, **kind}]
         for split in splits
         for key in ["test_datasets" if split == VALIDATION else "datasets"]
     }
+    value["train_on_inputs"] = False
     return (_AXOLOTL_NOTE + yaml.safe_dump(value, sort_keys=False)).encode()
 
 

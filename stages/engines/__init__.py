@@ -101,7 +101,8 @@ class Completion:
     """Generated ids (end marker left out), their text, why they ended, their log-probability.
 
     An endpoint gives no ids and no log-probability: there they are empty and NaN. `usage` is there
-    where messages were asked for, unless an endpoint doesn't report it.
+    where messages were asked for, unless an endpoint doesn't report it. `end_id` is the end marker
+    that was drawn, None where none was or nobody said.
     """
 
     token_ids: tuple[int, ...]
@@ -109,6 +110,7 @@ class Completion:
     finish_reason: FinishReason
     log_prob: float
     usage: Usage | None = None
+    end_id: int | None = None
 
 
 @dataclass(frozen=True)

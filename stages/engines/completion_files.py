@@ -20,6 +20,7 @@ _SCHEMA = pa.schema(
         ("log_prob", pa.float64()),
         ("prompt_tokens", pa.int64()),
         ("generated_tokens", pa.int64()),
+        ("end_id", pa.int32()),
     ]
 )
 
@@ -79,11 +80,12 @@ def _values(completion: Completion) -> dict[str, Any]:
         "log_prob": completion.log_prob,
         "prompt_tokens": usage.prompt_tokens if usage else None,
         "generated_tokens": usage.generated_tokens if usage else None,
+        "end_id": completion.end_id,
     }
 
 
 def _completion(record: Mapping[str, Any]) -> Completion:
-    # Files of earlier versions have no counts of tokens.
+    # Files of earlier versions have no counts of tokens, or no end.
     prompt, generated = record.get("prompt_tokens"), record.get("generated_tokens")
     usage = None if prompt is None or generated is None else Usage(prompt, generated)
     return Completion(
@@ -92,4 +94,5 @@ def _completion(record: Mapping[str, Any]) -> Completion:
         record["finish_reason"],
         record["log_prob"],
         usage,
+        record.get("end_id"),
     )

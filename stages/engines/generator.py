@@ -108,6 +108,7 @@ class TransformersGenerator:
             text=cast(str, self._tokenizer.decode(kept, skip_special_tokens=True)),
             finish_reason="length" if end is None else "stop",
             log_prob=float(sum(log_probs[: len(kept) + (end is not None)])),
+            end_id=None if end is None else new[end],
         )
 
 

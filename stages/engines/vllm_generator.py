@@ -90,6 +90,7 @@ class VllmGenerator:
             text=str(self._tokenizer.decode(kept, skip_special_tokens=True)),
             finish_reason="length" if end is None else "stop",
             log_prob=drawn.log_prob,
+            end_id=None if end is None else drawn.ids[end],
         )
 
 

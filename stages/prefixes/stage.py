@@ -13,7 +13,7 @@ from stages.engines import Completion, GenerationRequest, Sampling
 from stages.engines.model_files import cached_tokenizer
 from stages.engines.settings import ModelSettings
 from stages.engines.tokens import chat_tokens
-from stages.errors import ConfigError, RowError
+from stages.errors import ConfigError, RowError, StageError
 from stages.pass_rate.prompts import question
 from stages.prefixes.settings import PrefixesSettings
 from stages.rows import LABEL, OK, Message, group_id, key_hash, messages_of, status_field
@@ -61,7 +61,7 @@ class PrefixesStage:
     """
 
     name = "prefixes"
-    version = 1
+    version = 2
     on_targets = False
 
     def __init__(
@@ -89,15 +89,15 @@ class PrefixesStage:
                 )
 
     def check(self) -> None:
-        """See that the tokenizer has an end-of-text token.
+        """See that the tokenizer has an end-of-text token where one is put behind prefixes.
 
         Raises:
             ConfigError: it has none.
         """
-        if cached_tokenizer(self._model).eos_token_id is None:
+        if self.settings.end_token and cached_tokenizer(self._model).eos_token_id is None:
             raise ConfigError(
-                f"models.{self.settings.model}: its tokenizer has no end-of-text token, which a "
-                "whole solution ends with; prefixes needs another model"
+                f"models.{self.settings.model}: its tokenizer has no end-of-text token, which "
+                "prefixes.end_token puts behind a prefix; set it to false"
             )
 
     def columns(self) -> Columns:
@@ -115,7 +115,11 @@ class PrefixesStage:
     async def process(
         self, rows: pa.Table, engines: Mapping[str, Any], artifacts: Mapping[str, Store]
     ) -> pa.Table:
-        """A prefix or a whole solution of every row's prompt, in order."""
+        """A prefix or a whole solution of every row's prompt, in order.
+
+        Raises:
+            StageError: the cache doesn't say how a solution ended.
+        """
         asked = [self._asked(messages) for messages in messages_of(rows, "effective_messages")]
         drawn: dict[int, Completion] = {}
         lengths: dict[Kind, int] = {
@@ -175,7 +179,9 @@ class PrefixesStage:
         if asked.kind == "full" and not ended:
             status = f"unfinished: no end within max_new_tokens={self.settings.max_new_tokens}"
             return {"prefixes_status": status, **sampled}
-        if ended or self.settings.end_token:
+        if ended:
+            ids.append(self._drawn_end(completion))
+        elif self.settings.end_token:
             ids.append(int(cached_tokenizer(self._model).eos_token_id))
         return {
             "prefix_kind": asked.kind,
@@ -185,3 +191,13 @@ class PrefixesStage:
             "prefixes_status": OK,
             **sampled,
         }
+
+    def _drawn_end(self, completion: Completion) -> int:
+        """The end that the model drew: a model may know several, of which EOS is one."""
+        if completion.end_id is None:
+            raise StageError(
+                "prefixes: the cache holds solutions of an earlier version of tamis, which don't "
+                "say by which token they ended; name another execution.cache",
+                stage=self.name,
+            )
+        return completion.end_id

@@ -10,9 +10,10 @@
 | problem_solution  | problem, solution                                            |
 | columns           | those of the source's column map                             |
 
-Every form also takes `system`, `tools`, `license` and, where the name is free, `answer` (a
-reference answer). All other columns, and keys of a turn that a row has no place for, go to `extra`
-as they are. A record that cannot be a row raises `RowError` with a reason of `reasons.REASONS`.
+Every form but `columns` also takes `system`, `tools` and, where the name is free, `answer` (a
+reference answer); all take `license` (`licence`, `licenses`, `licences`). All other columns, and
+keys of a turn that a row has no place for, go to `extra` as they are. A record that cannot be a row
+raises `RowError` with a reason of `reasons.REASONS`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from stages.errors import RowError
+from stages.licenses import UNKNOWN, joined_licenses
 from stages.rows import Message, canonical_json
 from stages.sources.answers import extract_answer
 from stages.sources.settings import Form, Source, Target
@@ -59,7 +61,8 @@ FORM_COLUMNS: dict[Form, dict[str, tuple[str, ...]]] = {
 }
 """Columns of each form by our field; of several, any."""
 
-_SHARED = {"system": ("system",), "tools": ("tools",), "license": ("license",)}
+_LICENSE = ("license", "licence", "licenses", "licences")
+_SHARED = {"system": ("system",), "tools": ("tools",), "license": _LICENSE}
 _COLUMNS = {form: {**_SHARED, **columns} for form, columns in FORM_COLUMNS.items()}
 _TABLES: tuple[Form, ...] = ("alpaca", "prompt_completion", "question_answer", "problem_solution")
 
@@ -159,7 +162,12 @@ class _Fields:
         self.is_mapped = form == "columns"
         self.names: Mapping[str, tuple[str, ...]] = {}
         if self.is_mapped:
-            self.names = {field: (name,) for field, name in (source.columns or {}).items()}
+            mapped: dict[str, tuple[str, ...]] = {
+                field: (name,) for field, name in (source.columns or {}).items()
+            }
+            # A record's own licence binds whether or not the map thinks of it.
+            free = tuple(name for name in _LICENSE if (name,) not in mapped.values())
+            self.names = {"license": free, **mapped}
         elif form != "auto":
             self.names = _COLUMNS[form]
         self._used: set[str] = set()
@@ -350,12 +358,33 @@ def _answer(fields: _Fields, messages: Sequence[Message], source: Source) -> str
 
 
 def _license(fields: _Fields) -> str | None:
+    """What the record states: all of a list bind it, and an object's name counts."""
     value = fields.take("license")
-    if isinstance(value, str) and value.strip():
+    if _is_blank(value):
+        return None
+    where = fields.column("license")
+    stated = value
+    if isinstance(value, str):
+        try:
+            stated = from_json(value, where)
+        except RowError:
+            return value
+    if isinstance(value, str) and not isinstance(stated, (list, dict)):
         return value
-    if value is not None:
-        fields.give_back("license")
-    return None
+    fields.give_back("license")
+    several = stated if isinstance(stated, list) else [stated]
+    return joined_licenses([_license_text(one, where) for one in several]) or None
+
+
+def _license_text(value: object, where: str) -> str:
+    if isinstance(value, dict):
+        names = ("spdx_id", "spdx", "id", "name", "title", "type", "url")
+        value = next((value[name] for name in names if not _is_blank(value.get(name))), value)
+    if _is_blank(value):
+        return UNKNOWN
+    if not isinstance(value, str):
+        raise RowError(f"wrong_type: {where} holds {type(value).__name__}, which names no licence")
+    return value
 
 
 def _task(fields: _Fields, source: Source) -> str | None:
