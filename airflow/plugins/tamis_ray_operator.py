@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+PLACE = r"^(/|[A-Za-z][A-Za-z0-9+.-]*://)[^\x00-\x1f\x7f-\x9f\u2028\u2029]+$"
+"""Pattern of an absolute path or a URL: where another is relative to, only the head knows."""
 _CONFIG_WRONG = 2
 """Exit status of a driver that found its recipe wrong."""
 _TAIL = 30
@@ -51,13 +53,14 @@ class TamisOperator(BaseOperator):
     The task's outlets are updated when the result isn't the one that they were last updated with.
     """
 
-    template_fields: Sequence[str] = ("command", "runtime_env")
+    template_fields: Sequence[str] = ("command", "settings", "runtime_env")
     ui_color = "#e8f0e4"
 
     def __init__(
         self,
         *,
         command: Sequence[str],
+        settings: Mapping[str, Any] | None = None,
         conn_id: str = RayJobsHook.default_conn_name,
         runtime_env: Mapping[str, Any] | None = None,
         among: str | None = None,
@@ -71,6 +74,7 @@ class TamisOperator(BaseOperator):
 
         Args:
             command: arguments of `python -m pipeline`, without `--json`.
+            settings: fields of the recipe by dotted path, for `--set`; strings stay strings.
             conn_id: connection of the cluster.
             runtime_env: Ray's, where the cluster has no tamis installed; URIs only.
             among: a task whose XCom `stages` must hold this task's id; else the task is skipped.
@@ -91,6 +95,7 @@ class TamisOperator(BaseOperator):
                 "job_timeout instead, which stops it"
             )
         self.command = list(command)
+        self.settings = dict(settings or {})
         self.conn_id = conn_id
         self.runtime_env = dict(runtime_env or {})
         self.among = among
@@ -136,7 +141,7 @@ class TamisOperator(BaseOperator):
         if event["why"] == "timeout":
             raise AirflowException(f"job {job_id} was stopped after {self.job_timeout}")
         job, output = self._answer(lambda jobs: _ended(jobs, job_id))
-        if job.status == "STOPPED" and job_id != job_id_of(ti, self.command):
+        if job.status == "STOPPED" and job_id != job_id_of(ti, self.arguments):
             self._wait(ti)
         if job.status != "SUCCEEDED":
             tail = "\n".join(output.strip().splitlines()[-_TAIL:])
@@ -170,6 +175,13 @@ class TamisOperator(BaseOperator):
             with ThreadPoolExecutor(1) as other:
                 other.submit(asyncio.run, stop()).result()
 
+    @property
+    def arguments(self) -> list[str]:
+        """The whole command, with the settings."""
+        # The value is read as YAML, of which JSON is a part.
+        given = [f"{key}={json.dumps(to, ensure_ascii=False)}" for key, to in self.settings.items()]
+        return [*self.command, *(word for override in given for word in ("--set", override))]
+
     def _named(self, ti: Any) -> Collection[str]:
         stages: Collection[str] | None = ti.xcom_pull(task_ids=self.among, key="stages")
         if stages is None:
@@ -186,7 +198,7 @@ class TamisOperator(BaseOperator):
 
     async def _submitted(self, jobs: RayJobs, ti: Any) -> str:
         """Id of the job to wait for: an earlier one that is under way, or a new one."""
-        own, *earlier = [job_id_of(ti, self.command, n) for n in range(ti.try_number, 0, -1)]
+        own, *earlier = [job_id_of(ti, self.arguments, n) for n in range(ti.try_number, 0, -1)]
         for job_id in (own, *earlier):
             found = await jobs.job(job_id)
             if found is not None and (job_id == own or not found.is_over):
@@ -194,7 +206,7 @@ class TamisOperator(BaseOperator):
                 self.log.info("job %s was submitted before: %s", job_id, found.status)
                 return job_id
         self._stop = partial(jobs.stop, own)
-        entrypoint = shlex.join([self.python, "-m", "pipeline", *self.command, "--json"])
+        entrypoint = shlex.join([self.python, "-m", "pipeline", *self.arguments, "--json"])
         await jobs.submit(own, entrypoint, self.runtime_env, {"airflow_task": self.task_id})
         self.log.info("job %s: %s", own, entrypoint)
         if self._killed:

@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from datetime import timedelta
@@ -16,9 +15,6 @@ from types import SimpleNamespace
 import pytest
 from airflow.sdk import Connection
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "airflow/plugins"))
 
 import tamis_ray_hook as hook
 from tamis_ray_operator import (

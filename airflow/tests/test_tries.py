@@ -22,8 +22,6 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException, TaskD
 from airflow.sdk.module_loading import import_string
 from conftest import ROOT, TAMIS_BIN, drivers, jobs_in, scored, wait_for
 
-sys.path.insert(0, str(ROOT / "airflow/plugins"))
-
 import tamis_ray_trigger
 from tamis_ray_hook import RayJobsHook
 from tamis_ray_operator import TamisOperator, job_id_of

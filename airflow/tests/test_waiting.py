@@ -1,0 +1,87 @@
+"""Tasks against the interface of a head: what is submitted, waited for, written and stopped."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from airflow.sdk.exceptions import ParamValidationError, TaskDeferred
+from conftest import ROOT, TAMIS_BIN, small
+
+sys.path.insert(0, str(ROOT / "airflow/plugins"))
+
+from fake_head import Head, fake_head
+
+from tamis_ray_operator import TamisOperator
+from tamis_ray_trigger import RayJobTrigger
+
+
+@pytest.fixture
+def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[Head]:
+    with fake_head() as head:
+        connection = {"conn_type": "generic", "host": head.address, "password": "a secret token"}
+        monkeypatch.setenv("AIRFLOW_CONN_RAY_DEFAULT", json.dumps(connection))
+        yield head
+
+
+def instance(number: int = 1) -> Any:
+    return SimpleNamespace(
+        dag_id="some", run_id="some", task_id="x", map_index=-1, try_number=number
+    )
+
+
+def deferred(task: TamisOperator, number: int = 1) -> RayJobTrigger:
+    with pytest.raises(TaskDeferred) as caught:
+        task.execute({"ti": instance(number)})
+    trigger = caught.value.trigger
+    assert isinstance(trigger, RayJobTrigger)
+    return trigger
+
+
+def dag_of(name: str) -> Any:
+    return runpy.run_path(str(ROOT / f"airflow/dags/{name}.py"))["dag"]
+
+
+@pytest.mark.parametrize(("dag", "task"), [("curate", "ingest"), ("train_sae", "train_sae")])
+def test_run_directory_is_the_one_that_the_param_names(
+    head: Head, tmp_path: Path, dag: str, task: str
+) -> None:
+    recipe = small(tmp_path)
+    names = ["my run #2", "a: b", "é 🙂 {x} 'y' \"z\"", "1e3", " "]
+    wanted = [f"{tmp_path}/{name}" for name in names]
+    for place in wanted:
+        operator = dag_of(dag).get_task(task)
+        operator.among = None
+        operator.render_template_fields({"params": {"recipe": recipe, "run": place}})
+        deferred(operator)
+    commands = [shlex.split(body["entrypoint"]) for body in head.bodies]
+    overrides = [words[words.index("--set") + 1] for words in commands]
+    code = f"""
+import json
+from pipeline.config import read_config
+found = [read_config({recipe!r}, [override]).execution.run for override in {overrides!r}]
+print(json.dumps(found))
+"""
+    done = subprocess.run(
+        [str(TAMIS_BIN / "python"), "-c", code],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert json.loads(done.stdout or "null") == wanted, done.stderr
+
+
+@pytest.mark.parametrize("dag", ["curate", "train_sae"])
+def test_run_directory_that_is_no_absolute_path_or_url_is_refused(dag: str) -> None:
+    param = dag_of(dag).params.get_param("run")
+    for place in ("rel-run", "~/run", "./run", "C:run", "/", "s3:/run", "/a\u2028b", "{}"):
+        with pytest.raises(ParamValidationError):
+            param.resolve(place)
+    for place in ("/runs/a", "s3://runs/a", "gs://runs/a b", "/läufe/1"):
+        assert param.resolve(place) == place
