@@ -75,7 +75,7 @@ class RayJobs:
         runtime_env: Mapping[str, Any],
         metadata: Mapping[str, str],
     ) -> None:
-        """Submit a job, unless another client has just submitted it under that id."""
+        """Submit a job, unless one of that id is under way; one that has ended makes way."""
         body = {
             "submission_id": job_id,
             "entrypoint": entrypoint,
@@ -90,8 +90,11 @@ class RayJobs:
                     except Unanswered as error:
                         # Ray has no status of its own for either.
                         if "already exists" in str(error):
-                            return
-                        if "No available agent" not in str(error):
+                            found = await self.job(job_id)
+                            if found is not None and not found.is_over:
+                                return
+                            await self._delete(job_id)
+                        elif "No available agent" not in str(error):
                             raise
                         await asyncio.sleep(1)
                     else:
@@ -121,6 +124,16 @@ class RayJobs:
                 f"job {job_id} was asked to stop and still runs after {_STOP_S:.0f} s; stop it by "
                 f"`ray job stop {job_id} --address {self._address}`"
             ) from error
+
+    async def _delete(self, job_id: str) -> None:
+        """Forget a job that has ended, so that its id is free, or another client's by now."""
+        try:
+            await self._asked("DELETE", f"/api/jobs/{job_id}")
+        except Unanswered:
+            # Ray has no status of its own for a job that is gone or, submitted anew, under way.
+            found = await self.job(job_id)
+            if found is not None and found.is_over:
+                raise
 
     def _object(self, reply: httpx.Response) -> Mapping[str, Any]:
         """The object that a reply holds."""

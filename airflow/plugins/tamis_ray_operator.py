@@ -197,11 +197,16 @@ class TamisOperator(BaseOperator):
         self.defer(trigger=trigger, method_name="finish")
 
     async def _submitted(self, jobs: RayJobs, ti: Any) -> str:
-        """Id of the job to wait for: an earlier one that is under way, or a new one."""
+        """Id of the job to wait for: one that is under way, or a new one.
+
+        One of this try's id that has ended did so before the try began: it belongs to a DAG run of
+        the same id that was deleted, or to another database. Its result may be out of date, and a
+        command that has nothing left to do says so at once.
+        """
         own, *earlier = [job_id_of(ti, self.arguments, n) for n in range(ti.try_number, 0, -1)]
         for job_id in (own, *earlier):
             found = await jobs.job(job_id)
-            if found is not None and (job_id == own or not found.is_over):
+            if found is not None and not found.is_over:
                 self._stop = partial(jobs.stop, job_id)
                 self.log.info("job %s was submitted before: %s", job_id, found.status)
                 return job_id

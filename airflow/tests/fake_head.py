@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -22,7 +22,8 @@ class Head:
         jobs: by id, as it tells of them.
         logs: by job id, what drivers have written.
         asked: the requests, such as `POST /api/jobs/x/stop`.
-        bodies: of the jobs submitted.
+        bodies: of the jobs that were taken.
+        before: done once before a request, by its text, is answered.
         failing: how often a request fails yet, by its text, as `asked` has it.
         cut: whether it fails by ending the connection, and not by status 500.
     """
@@ -33,6 +34,7 @@ class Head:
         self.logs: dict[str, bytes] = {}
         self.asked: list[str] = []
         self.bodies: list[dict[str, Any]] = []
+        self.before: dict[str, Callable[[], None]] = {}
         self.failing: dict[str, int] = {}
         self.cut = False
 
@@ -46,6 +48,8 @@ class Head:
     def answered(self, method: str, path: str, body: bytes) -> tuple[int, Any]:
         url = urlsplit(path)
         self.asked.append(f"{method} {url.path}")
+        if (act := self.before.pop(self.asked[-1], None)) is not None:
+            act()
         if self.failing.get(self.asked[-1], 0) > 0:
             self.failing[self.asked[-1]] -= 1
             return 500, "RuntimeError: out of order"
@@ -56,10 +60,10 @@ class Head:
         name, what = [*url.path.split("/")[3:], "", ""][:2]
         if method == "POST" and not name:
             told = json.loads(body)
-            self.bodies.append(told)
             name = told["submission_id"]
             if name in self.jobs:
                 return 500, f"ValueError: Job with submission_id {name} already exists."
+            self.bodies.append(told)
             self.put(name, "RUNNING")
             return 200, {"submission_id": name}
         if name not in self.jobs:

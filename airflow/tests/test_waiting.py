@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT / "airflow/plugins"))
 
 from fake_head import Head, fake_head
 
-from tamis_ray_operator import TamisOperator
+from tamis_ray_operator import TamisOperator, job_id_of
 from tamis_ray_trigger import RayJobTrigger
 
 
@@ -85,3 +85,40 @@ def test_run_directory_that_is_no_absolute_path_or_url_is_refused(dag: str) -> N
             param.resolve(place)
     for place in ("/runs/a", "s3://runs/a", "gs://runs/a b", "/läufe/1"):
         assert param.resolve(place) == place
+
+
+def test_job_of_a_former_dag_run_of_the_same_id_is_not_taken_for_this_one(head: Head) -> None:
+    task = TamisOperator(task_id="x", command=["stage", "x", "recipe.yaml"])
+    job = job_id_of(instance(), task.arguments)
+    for status in ("SUCCEEDED", "FAILED", "STOPPED"):
+        head.put(job, status, age=3600)
+        assert deferred(task).job_id == job
+        assert head.jobs[job]["status"] == "RUNNING"
+    assert [body["submission_id"] for body in head.bodies] == [job] * 3
+
+
+def test_worker_that_was_lost_after_it_had_submitted_is_found_its_job(head: Head) -> None:
+    task = TamisOperator(task_id="x", command=["stage", "x", "recipe.yaml"])
+    job = job_id_of(instance(), task.arguments)
+    for status in ("PENDING", "RUNNING"):
+        head.put(job, status)
+        assert deferred(task, 1).job_id == job
+        assert deferred(task, 3).job_id == job
+    assert head.bodies == []
+    # Taken by the head, whose answer was lost; and by the time of the next try it has ended.
+    head.put(job, "SUCCEEDED")
+    assert deferred(task, 2).job_id == job_id_of(instance(2), task.arguments)
+
+
+def test_ended_job_that_another_client_submits_anew_meanwhile_is_waited_for(head: Head) -> None:
+    task = TamisOperator(task_id="x", command=["stage", "x", "recipe.yaml"])
+    job = job_id_of(instance(), task.arguments)
+    head.put(job, "FAILED")
+
+    def again() -> None:
+        head.put(job, "RUNNING")
+
+    head.before[f"DELETE /api/jobs/{job}"] = again
+    assert deferred(task).job_id == job
+    assert head.jobs[job]["status"] == "RUNNING"
+    assert head.bodies == []
