@@ -1,6 +1,7 @@
 """The Jobs REST interface of a Ray cluster, by an Airflow connection.
 
-Interface: Ray's OpenAPI description of `/api/jobs`; read and run with Ray 2.60.
+Interface: Ray's OpenAPI description of `/api/jobs`, and `/api/v0/logs`, by which `ray logs` reads;
+read and run with Ray 2.60.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import httpx
 from airflow.sdk import BaseHook, Connection
 
 ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
+LINES = 1000
+"""The last lines of a driver's output, which are all that is read of it."""
 _TIMEOUT_S = 20.0
 _STARTING_S = 60.0
 """A head answers some seconds before it can take jobs."""
@@ -34,11 +37,13 @@ class Job(NamedTuple):
         status: PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED.
         message: what Ray says about it.
         exit_status: of its driver, None while it runs or where it had none.
+        node: id of its driver's node, None where it had no driver yet.
     """
 
     status: str
     message: str
     exit_status: int | None
+    node: str | None
 
     @property
     def is_over(self) -> bool:
@@ -65,8 +70,12 @@ class RayJobs:
         if reply.status_code == httpx.codes.NOT_FOUND:
             return None
         value = self._object(reply)
-        message = str(value.get("message") or "")
-        return Job(str(value.get("status")), message, value.get("driver_exit_code"))
+        return Job(
+            status=str(value.get("status")),
+            message=str(value.get("message") or ""),
+            exit_status=value.get("driver_exit_code"),
+            node=value.get("driver_node_id"),
+        )
 
     async def submit(
         self,
@@ -105,12 +114,19 @@ class RayJobs:
                 "(dashboard_agent.log); a retry finds the job if it was taken after all"
             ) from error
 
-    async def logs(self, job_id: str) -> str:
-        """All that a job's driver has written so far."""
-        reply = await self._asked("GET", f"/api/jobs/{job_id}/logs")
-        if reply.status_code == httpx.codes.NOT_FOUND:
+    async def tail(self, job_id: str, job: Job) -> str:
+        """The last `LINES` lines that a job's driver has written so far, the last perhaps in part.
+
+        The whole output, as `/api/jobs/ID/logs` gives it, may be larger than the memory here, and
+        isn't given at all where one byte of it is no UTF-8.
+        """
+        if job.node is None:
             return ""
-        return str(self._object(reply).get("logs") or "")
+        query = httpx.QueryParams(node_id=job.node, submission_id=job_id, lines=LINES)
+        reply = await self._asked("GET", f"/api/v0/logs/file?{query}")
+        if not reply.is_success:
+            raise Unanswered(f"{self._address} has no log of it")
+        return reply.content.decode(errors="replace")
 
     async def stop(self, job_id: str) -> None:
         """Stop a job, and wait until it has ended: SIGTERM, and seconds later SIGKILL."""
@@ -164,6 +180,8 @@ class RayJobs:
                 f"no Ray dashboard answers at {address} ({error}); check that the head runs and "
                 f"that the connection {self._conn_id} names its dashboard"
             ) from error
+        if reply.is_success or reply.status_code == httpx.codes.NOT_FOUND:
+            return reply
         # Ray sends tracebacks, and adds a full stop of its own.
         lines = [line for line in reply.text.splitlines() if line.strip(". ")] or ["nothing"]
         said = f"{reply.status_code}, {lines[-1][:300]}"
@@ -174,9 +192,7 @@ class RayJobs:
             )
         if reply.is_server_error:
             raise Unanswered(f"{address} can't answer {method} {path}: {said}")
-        if reply.status_code != httpx.codes.NOT_FOUND and not reply.is_success:
-            raise Refused(f"{address} refuses {method} {path}: {said}")
-        return reply
+        raise Refused(f"{address} refuses {method} {path}: {said}")
 
 
 class RayJobsHook(BaseHook):

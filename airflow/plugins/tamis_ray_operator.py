@@ -23,7 +23,7 @@ from airflow.sdk.exceptions import (
     DownstreamTasksSkipped,
 )
 
-from tamis_ray_hook import Job, RayJobs, RayJobsHook, Refused
+from tamis_ray_hook import Job, RayJobs, RayJobsHook, Refused, Unanswered
 from tamis_ray_trigger import RayJobTrigger
 
 if TYPE_CHECKING:
@@ -249,10 +249,14 @@ def lacking_after(task_id: str, named: Collection[str], stages: Sequence[str]) -
 
 
 async def _ended(jobs: RayJobs, job_id: str) -> tuple[Job, str]:
+    """A job, and the end of its driver's output, or why it can't be read."""
     job = await jobs.job(job_id)
     if job is None:
         raise AirflowException(f"the cluster no longer knows job {job_id}")
-    return job, await jobs.logs(job_id)
+    try:
+        return job, await jobs.tail(job_id, job)
+    except (Refused, Unanswered) as error:
+        return job, f"the driver's output can't be read: {error}"
 
 
 def job_id_of(ti: Any, command: Sequence[str], number: int | None = None) -> str:
@@ -283,4 +287,8 @@ def last_json(output: str) -> dict[str, Any]:
                 # Any library may write a line in braces.
                 continue
             return value
-    raise AirflowException("the driver's output has no line of JSON: is tamis too old there?")
+    last = (output.strip().splitlines() or ["nothing"])[-1][:300]
+    raise AirflowException(
+        "the job has ended well, but its last lines hold no JSON that says what it did (is tamis "
+        f"too old there?); a retry finds nothing to do, and says it again. They end with: {last}"
+    )

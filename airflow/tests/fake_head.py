@@ -55,8 +55,12 @@ class Head:
             return 500, "RuntimeError: out of order"
         if url.path == "/api/v0/logs/file":
             asked = {key: values[0] for key, values in parse_qs(url.query).items()}
-            lines = self.logs[asked["submission_id"]].splitlines(keepends=True)
-            return 200, b"".join(lines[-int(asked["lines"]) :])
+            log = self.logs[asked["submission_id"]]
+            end = len(log) - log.endswith(b"\n")
+            start = end
+            for _ in range(int(asked["lines"])):
+                start = log.rfind(b"\n", 0, max(start, 0))
+            return 200, log[start + 1 :]
         name, what = [*url.path.split("/")[3:], "", ""][:2]
         if method == "POST" and not name:
             told = json.loads(body)

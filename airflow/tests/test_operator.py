@@ -110,7 +110,7 @@ def test_job_is_another_where_the_command_or_the_try_is() -> None:
 
 def test_lines_that_only_look_like_json_are_passed_over() -> None:
     assert last_json('{"rows": 3}\n{braces}\n{"cut": }\nend') == {"rows": 3}
-    with pytest.raises(AirflowException, match="no line of JSON"):
+    with pytest.raises(AirflowException, match=r"no JSON .* end with: {braces}"):
         last_json("{braces}")
 
 

@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
+import random
 import runpy
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from airflow.sdk.exceptions import ParamValidationError, TaskDeferred
+from airflow.sdk.exceptions import (
+    AirflowException,
+    AirflowFailException,
+    ParamValidationError,
+    TaskDeferred,
+)
 from conftest import ROOT, TAMIS_BIN, small
 
 sys.path.insert(0, str(ROOT / "airflow/plugins"))
 
 from fake_head import Head, fake_head
 
+import tamis_ray_trigger
+from tamis_ray_hook import LINES
 from tamis_ray_operator import TamisOperator, job_id_of
-from tamis_ray_trigger import RayJobTrigger
+from tamis_ray_trigger import RayJobTrigger, unseen
 
 
 @pytest.fixture
@@ -44,6 +57,37 @@ def deferred(task: TamisOperator, number: int = 1) -> RayJobTrigger:
     trigger = caught.value.trigger
     assert isinstance(trigger, RayJobTrigger)
     return trigger
+
+
+def at_each_look(head: Head, job: str, *steps: Callable[[], None]) -> None:
+    """Do one thing before each answer about a job."""
+    left = iter(steps)
+
+    def act() -> None:
+        if (step := next(left, None)) is not None:
+            head.before[f"GET /api/jobs/{job}"] = act
+            step()
+
+    head.before[f"GET /api/jobs/{job}"] = act
+
+
+def waited(caplog: pytest.LogCaptureFixture, job: str, deadline: float | None = None) -> Any:
+    """The event of a trigger for a job, and the lines that it wrote."""
+    caplog.clear()
+    trigger = RayJobTrigger("ray_default", job, deadline, 0.01)
+    trigger._log = logging.getLogger("a task")
+    with caplog.at_level(logging.INFO, "a task"):
+        event = asyncio.run(anext(trigger.run())).payload
+    return event, [told.getMessage() for told in caplog.records if told.name == "a task"]
+
+
+def told_by(task: TamisOperator, event: dict[str, str]) -> dict[str, Any]:
+    """The XComs that a task pushes once it is called back."""
+    pushed: dict[str, Any] = {}
+    ti = instance()
+    ti.xcom_push = lambda key, value: pushed.update({key: value})
+    task.finish({"ti": ti}, event)
+    return pushed
 
 
 def dag_of(name: str) -> Any:
@@ -122,3 +166,95 @@ def test_ended_job_that_another_client_submits_anew_meanwhile_is_waited_for(head
     assert deferred(task).job_id == job
     assert head.jobs[job]["status"] == "RUNNING"
     assert head.bodies == []
+
+
+def test_bytes_that_are_no_utf8_hide_neither_the_log_nor_the_result(
+    head: Head, caplog: pytest.LogCaptureFixture
+) -> None:
+    head.put("j", "SUCCEEDED", 0)
+    head.logs["j"] = b'one\n\xff two\n{"rows": 3, "run": "/r"}\n'
+    event, lines = waited(caplog, "j")
+    assert event == {"job": "j", "why": "ended"}
+    assert lines == ["one", "\ufffd two", '{"rows": 3, "run": "/r"}']
+    assert told_by(TamisOperator(task_id="x", command=[]), event) == {"rows": 3, "run": "/r"}
+
+
+def test_state_decides_where_the_log_cannot_be_read(
+    head: Head, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tamis_ray_trigger, "_SILENCE_S", 0.0)
+    head.failing["GET /api/v0/logs/file"] = 1000
+    task = TamisOperator(task_id="x", command=[])
+    for status, exit_status, error in (
+        ("SUCCEEDED", 0, "a retry finds nothing to do.*out of order"),
+        ("FAILED", 1, "j failed: said by Ray.*out of order"),
+        ("FAILED", 2, "j failed: said by Ray.*out of order"),
+    ):
+        head.put("j", "RUNNING")
+        ended = partial(head.put, "j", status, exit_status)
+        at_each_look(head, "j", *[lambda: None] * 5, ended)
+        event, lines = waited(caplog, "j")
+        assert event == {"job": "j", "why": "ended"}
+        (line,) = lines
+        assert "can't be shown" in line
+        with pytest.raises(AirflowException, match=f"(?s){error}") as caught:
+            told_by(task, event)
+        assert isinstance(caught.value, AirflowFailException) == (exit_status == 2)
+
+
+def test_log_is_shown_once_and_of_a_long_one_the_end(
+    head: Head, caplog: pytest.LogCaptureFixture
+) -> None:
+    def write(*numbers: int, end: str = "") -> Callable[[], None]:
+        def act() -> None:
+            head.logs["j"] += "".join(f"line {i}\n" for i in range(*numbers)).encode()
+            head.logs["j"] += end.encode()
+
+        return act
+
+    head.put("j", "RUNNING")
+    head.logs["j"] = b"line 0\n"
+    at_each_look(
+        head, "j",
+        lambda: None, write(1, 3, end="line "), write(0), write(0, end="3\n"),
+        write(4, LINES + 500), write(0), write(LINES + 500, 20 * LINES),
+        write(20 * LINES, 20 * LINES + 2, end="0 %\r50 %\r100 %"),
+        partial(head.put, "j", "SUCCEEDED", 0),
+    )  # fmt: skip
+    _, lines = waited(caplog, "j")
+    (first, second) = [i for i, line in enumerate(lines) if "left out" in line]
+    assert lines[:first] == [f"line {i}" for i in range(4)]
+    whole = [f"line {i}" for i in range(20 * LINES + 2)]
+    assert lines[first + 1 : second] == whole[500 : LINES + 500]
+    assert lines[second + 1 :] == [*whole[-LINES - 2 :], "100 %"]
+    # A triggerer that was started anew shows the end alone.
+    _, lines = waited(caplog, "j")
+    assert lines[1:] == [*whole[-LINES + 1 :], "100 %"]
+
+
+def test_of_a_growing_log_the_unseen_lines_are_those_that_were_added() -> None:
+    drawn = random.Random(7)
+    for size, window in product(range(30), (1, 5, 12, 40)):
+        log = drawn.choices("ab", k=size)
+        whole = [f"{i} {line}" for i, line in enumerate(log)]
+        for before in range(size + 1):
+            added = whole[before:][-window:]
+            assert unseen(whole[:before][-window:], whole[-window:]) == added
+            if size <= window:
+                assert unseen(log[:before], log) == log[before:]
+
+
+def test_log_of_a_hundred_megabytes_leaves_the_triggerer_to_others(head: Head) -> None:
+    head.put("j", "RUNNING")
+    head.logs["j"] = (b"x" * 99 + b"\n") * 1_000_000
+
+    async def longest_pause() -> float:
+        waiting = asyncio.create_task(anext(RayJobTrigger("ray_default", "j", None, 0.1).run()))
+        pauses = [time.monotonic()]
+        while len(head.asked) < 8:
+            await asyncio.sleep(0.005)
+            pauses.append(time.monotonic())
+        waiting.cancel()
+        return max(after - before for before, after in pairwise(pauses))
+
+    assert asyncio.run(longest_pause()) < 1
