@@ -19,7 +19,8 @@ LINES = 1000
 _TIMEOUT_S = 20.0
 _STARTING_S = 60.0
 """A head answers some seconds before it can take jobs."""
-_STOP_S = 15.0
+_STOP_S = 25.0
+"""Less than the 30 s that a triggerer gives to the end of a trigger."""
 
 
 class Unanswered(Exception):
@@ -128,17 +129,29 @@ class RayJobs:
             raise Unanswered(f"{self._address} has no log of it")
         return reply.content.decode(errors="replace")
 
-    async def stop(self, job_id: str) -> None:
-        """Stop a job, and wait until it has ended: SIGTERM, and seconds later SIGKILL."""
-        await self._asked("POST", f"/api/jobs/{job_id}/stop")
+    async def stop(self, job_id: str) -> Job | None:
+        """A job after it was stopped, by SIGTERM and seconds later SIGKILL; None for one unknown.
+
+        A cluster that doesn't answer is asked again for `_STOP_S`.
+        """
+        is_asked, said = False, "it doesn't end"
         try:
             async with asyncio.timeout(_STOP_S):
-                while (found := await self.job(job_id)) is not None and not found.is_over:
+                while True:
+                    try:
+                        if not is_asked:
+                            await self._asked("POST", f"/api/jobs/{job_id}/stop")
+                            is_asked = True
+                        found = await self.job(job_id)
+                        if found is None or found.is_over:
+                            return found
+                    except Unanswered as error:
+                        said = str(error)
                     await asyncio.sleep(0.5)
         except TimeoutError as error:
             raise Unanswered(
-                f"job {job_id} was asked to stop and still runs after {_STOP_S:.0f} s; stop it by "
-                f"`ray job stop {job_id} --address {self._address}`"
+                f"job {job_id} was to be stopped and may still run after {_STOP_S:.0f} s: {said}; "
+                f"stop it by `ray job stop {job_id} --address {self._address}`"
             ) from error
 
     async def _delete(self, job_id: str) -> None:

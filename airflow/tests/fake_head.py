@@ -98,7 +98,8 @@ def fake_head() -> Iterator[Head]:
             status, value = head.answered(self.command, self.path, body)
             if status == 500 and head.cut:
                 return
-            data = value if isinstance(value, bytes) else json.dumps(value).encode()
+            text = value if isinstance(value, str | bytes) else json.dumps(value)
+            data = text if isinstance(text, bytes) else text.encode()
             self.send_response(status)
             self.end_headers()
             self.wfile.write(data)

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from airflow.jobs import triggerer_job_runner
 from airflow.sdk.exceptions import (
     AirflowException,
     AirflowFailException,
@@ -31,8 +32,9 @@ sys.path.insert(0, str(ROOT / "airflow/plugins"))
 
 from fake_head import Head, fake_head
 
+import tamis_ray_hook
 import tamis_ray_trigger
-from tamis_ray_hook import LINES
+from tamis_ray_hook import LINES, Unanswered
 from tamis_ray_operator import TamisOperator, job_id_of
 from tamis_ray_trigger import RayJobTrigger, unseen
 
@@ -258,3 +260,31 @@ def test_log_of_a_hundred_megabytes_leaves_the_triggerer_to_others(head: Head) -
         return max(after - before for before, after in pairwise(pauses))
 
     assert asyncio.run(longest_pause()) < 1
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("killed", ["waiting", "submitting"])
+def test_task_that_is_killed_while_the_head_fails_leaves_no_job(
+    head: Head, killed: str, cut: bool
+) -> None:
+    task = TamisOperator(task_id="x", command=["stage", "x", "recipe.yaml"])
+    trigger = deferred(task)
+    head.cut = cut
+    head.failing[f"POST /api/jobs/{trigger.job_id}/stop"] = 2
+    head.failing[f"GET /api/jobs/{trigger.job_id}"] = 2
+    if killed == "waiting":
+        asyncio.run(trigger.on_kill())
+    else:
+        task.on_kill()
+    assert head.jobs[trigger.job_id]["status"] == "STOPPED"
+
+
+def test_job_that_cannot_be_stopped_is_named_within_airflows_time(
+    head: Head, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert tamis_ray_hook._STOP_S + 5 <= triggerer_job_runner._ON_CANCEL_TIMEOUT
+    monkeypatch.setattr(tamis_ray_hook, "_STOP_S", 0.2)
+    head.put("j", "RUNNING")
+    head.failing["POST /api/jobs/j/stop"] = 1000
+    with pytest.raises(Unanswered, match="out of order; stop it by `ray job stop j --address http"):
+        asyncio.run(RayJobTrigger("ray_default", "j").on_kill())
