@@ -39,12 +39,14 @@ class Job(NamedTuple):
         message: what Ray says about it.
         exit_status: of its driver, None while it runs or where it had none.
         node: id of its driver's node, None where it had no driver yet.
+        submitted: by the head's clock, in seconds since the epoch; None where it doesn't say.
     """
 
     status: str
     message: str
     exit_status: int | None
     node: str | None
+    submitted: float | None
 
     @property
     def is_over(self) -> bool:
@@ -71,11 +73,13 @@ class RayJobs:
         if reply.status_code == httpx.codes.NOT_FOUND:
             return None
         value = self._object(reply)
+        submitted = value.get("start_time")
         return Job(
             status=str(value.get("status")),
             message=str(value.get("message") or ""),
             exit_status=value.get("driver_exit_code"),
             node=value.get("driver_node_id"),
+            submitted=None if submitted is None else submitted / 1000,
         )
 
     async def submit(

@@ -81,7 +81,8 @@ class TamisOperator(BaseOperator):
             stages: ids of all tasks that the XCom `stages` chooses from, in order: it may name no
                 others, and those that it doesn't name are skipped by the one before them.
             python: the interpreter on the cluster's head.
-            job_timeout: after which the job is stopped and the task fails; None for never.
+            job_timeout: how long a job may take before it is stopped and the task fails; None for
+                ever. A retry that finds the job of an earlier try gives it no more time.
             poll_s: seconds between two looks at the job.
             arguments: of every operator.
 
@@ -191,13 +192,13 @@ class TamisOperator(BaseOperator):
         return stages
 
     def _wait(self, ti: Any) -> NoReturn:
-        job_id = self._answer(lambda jobs: self._submitted(jobs, ti))
-        deadline = time.time() + self.job_timeout.total_seconds() if self.job_timeout else None
+        job_id, since = self._answer(lambda jobs: self._submitted(jobs, ti))
+        deadline = since + self.job_timeout.total_seconds() if self.job_timeout else None
         trigger = RayJobTrigger(self.conn_id, job_id, deadline, self.poll_s)
         self.defer(trigger=trigger, method_name="finish")
 
-    async def _submitted(self, jobs: RayJobs, ti: Any) -> str:
-        """Id of the job to wait for: one that is under way, or a new one.
+    async def _submitted(self, jobs: RayJobs, ti: Any) -> tuple[str, float]:
+        """Id of the job to wait for, one that is under way or a new one, and when it was submitted.
 
         One of this try's id that has ended did so before the try began: it belongs to a DAG run of
         the same id that was deleted, or to another database. Its result may be out of date, and a
@@ -209,7 +210,7 @@ class TamisOperator(BaseOperator):
             if found is not None and not found.is_over:
                 self._stop = partial(jobs.stop, job_id)
                 self.log.info("job %s was submitted before: %s", job_id, found.status)
-                return job_id
+                return job_id, found.submitted or time.time()
         self._stop = partial(jobs.stop, own)
         entrypoint = shlex.join([self.python, "-m", "pipeline", *self.arguments, "--json"])
         await jobs.submit(own, entrypoint, self.runtime_env, {"airflow_task": self.task_id})
@@ -217,7 +218,7 @@ class TamisOperator(BaseOperator):
         if self._killed:
             await jobs.stop(own)
             raise AirflowException(f"job {own} was stopped: its task was killed")
-        return own
+        return own, time.time()
 
     def _answer(self, ask: Callable[[RayJobs], Coroutine[Any, Any, T]]) -> T:
         try:

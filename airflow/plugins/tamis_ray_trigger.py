@@ -62,16 +62,17 @@ class RayJobTrigger(BaseTrigger):
         heard = time.monotonic()
         while True:
             try:
-                if self.deadline is not None and time.time() > self.deadline:
-                    await jobs.stop(self.job_id)
-                    return {"why": "timeout"}
                 job = await jobs.job(self.job_id)
                 heard = time.monotonic()
+                is_late = self._is_late(job)
+                if is_late:
+                    job = await jobs.stop(self.job_id)
             except Refused as error:
                 return {"why": "refused", "error": str(error)}
             except Unanswered as error:
                 if time.monotonic() - heard > _SILENCE_S:
                     return {"why": "lost", "error": str(error)}
+                self.log.warning("%s", error)
                 await asyncio.sleep(self.poll_s)
                 continue
             if job is None:
@@ -79,8 +80,13 @@ class RayJobTrigger(BaseTrigger):
             # Asked before the log, so that that of a job which is over is whole.
             await self._show(jobs, job)
             if job.is_over:
-                return {"why": "ended"}
+                # It may have ended by itself while it was being stopped.
+                return {"why": "timeout" if is_late and job.status == "STOPPED" else "ended"}
             await asyncio.sleep(self.poll_s)
+
+    def _is_late(self, job: Job | None) -> bool:
+        runs = job is not None and not job.is_over
+        return runs and self.deadline is not None and time.time() > self.deadline
 
     async def _show(self, jobs: RayJobs, job: Job) -> None:
         """Write the lines that are new to the task's log, where the cluster gives them."""

@@ -217,12 +217,12 @@ def test_try_that_is_run_several_times_at_once_submits_one_job(cluster: str, tas
     asyncio.run(first.on_kill())
     context = task.context(1)
 
-    async def met() -> list[str]:
+    async def met() -> list[tuple[str, float]]:
         jobs = RayJobsHook().get_conn()
         tries = (task.operator()._submitted(jobs, context["ti"]) for _ in range(4))
         return await asyncio.gather(*tries)
 
-    assert asyncio.run(met()) == [task.job_id(1)] * 4
+    assert [job_id for job_id, _ in asyncio.run(met())] == [task.job_id(1)] * 4
     wait_for(lambda: drivers(task.run))
     assert len(drivers(task.run)) == 1
     assert status(cluster, task, 1) == "RUNNING"

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
@@ -288,3 +289,32 @@ def test_job_that_cannot_be_stopped_is_named_within_airflows_time(
     head.failing["POST /api/jobs/j/stop"] = 1000
     with pytest.raises(Unanswered, match="out of order; stop it by `ray job stop j --address http"):
         asyncio.run(RayJobTrigger("ray_default", "j").on_kill())
+
+
+def test_job_that_had_finished_in_time_is_not_said_to_be_late(
+    head: Head, caplog: pytest.LogCaptureFixture
+) -> None:
+    passed = time.time() - 5
+    head.put("j", "SUCCEEDED", 0)
+    head.logs["j"] = b"done\n"
+    event, lines = waited(caplog, "j", passed)
+    assert event == {"job": "j", "why": "ended"}
+    assert lines == ["done"]
+    # It ends by itself when it is to be stopped.
+    head.put("j", "RUNNING")
+    head.before["POST /api/jobs/j/stop"] = partial(head.put, "j", "SUCCEEDED", 0)
+    assert waited(caplog, "j", passed)[0]["why"] == "ended"
+    head.put("j", "RUNNING")
+    event, lines = waited(caplog, "j", passed)
+    assert event == {"job": "j", "why": "timeout"}
+    assert lines == ["done"]
+
+
+def test_retry_gives_the_job_that_it_finds_no_more_time(head: Head) -> None:
+    task = TamisOperator(task_id="x", command=["stage"], job_timeout=timedelta(hours=2))
+    job = job_id_of(instance(), task.arguments)
+    head.put(job, "RUNNING", age=3600)
+    ends = [deferred(task, number).deadline for number in (1, 2, 3)]
+    assert ends == pytest.approx([time.time() + 3600] * 3, abs=60)
+    head.put(job, "FAILED", 1, age=3600)
+    assert deferred(task, 2).deadline == pytest.approx(time.time() + 7200, abs=60)
