@@ -22,6 +22,7 @@ from typing import Any
 
 import psutil
 import pytest
+from fake_head import fake_head
 from ray_cluster import free_ports, ray_cluster
 from typer.testing import CliRunner
 
@@ -483,3 +484,28 @@ def test_what_is_no_dashboard_is_said_in_one_line() -> None:
     finally:
         server.shutdown()
         server.server_close()
+
+
+@pytest.mark.parametrize(("status", "exit_status"), [("SUCCEEDED", 0), ("FAILED", 75)])
+def test_job_is_followed_to_its_end_though_its_output_is_no_text(
+    monkeypatch: pytest.MonkeyPatch, status: str, exit_status: int
+) -> None:
+    monkeypatch.setattr("pipeline.jobs.submission._POLL_S", 0.01)
+    monkeypatch.setattr("pipeline.jobs.submission._SILENCE_S", 0.0)
+    with fake_head() as head:
+        head.put("j", "RUNNING")
+        head.logs["j"] = b"one\n"
+        head.at_each_look(
+            "j",
+            lambda: None,
+            lambda: head.logs.update(j=b"one\ntwo\n\xff\n"),
+            lambda: None,
+            lambda: head.put("j", status, exit_status),
+        )
+        done = CliRunner().invoke(app, ["job", "logs", "-f", "j", "--address", head.address])
+    assert done.exit_code == exit_status
+    assert done.stdout == "one\n"
+    told, *ended = done.stderr.splitlines()
+    assert "can't be read" in told
+    assert "UnicodeDecodeError" in told
+    assert len(ended) == (exit_status != 0)

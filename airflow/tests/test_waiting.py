@@ -62,18 +62,6 @@ def deferred(task: TamisOperator, number: int = 1) -> RayJobTrigger:
     return trigger
 
 
-def at_each_look(head: Head, job: str, *steps: Callable[[], None]) -> None:
-    """Do one thing before each answer about a job."""
-    left = iter(steps)
-
-    def act() -> None:
-        if (step := next(left, None)) is not None:
-            head.before[f"GET /api/jobs/{job}"] = act
-            step()
-
-    head.before[f"GET /api/jobs/{job}"] = act
-
-
 def waited(caplog: pytest.LogCaptureFixture, job: str, deadline: float | None = None) -> Any:
     """The event of a trigger for a job, and the lines that it wrote."""
     caplog.clear()
@@ -195,7 +183,7 @@ def test_state_decides_where_the_log_cannot_be_read(
     ):
         head.put("j", "RUNNING")
         ended = partial(head.put, "j", status, exit_status)
-        at_each_look(head, "j", *[lambda: None] * 5, ended)
+        head.at_each_look("j", *[lambda: None] * 5, ended)
         event, lines = waited(caplog, "j")
         assert event == {"job": "j", "why": "ended"}
         (line,) = lines
@@ -217,8 +205,8 @@ def test_log_is_shown_once_and_of_a_long_one_the_end(
 
     head.put("j", "RUNNING")
     head.logs["j"] = b"line 0\n"
-    at_each_look(
-        head, "j",
+    head.at_each_look(
+        "j",
         lambda: None, write(1, 3, end="line "), write(0), write(0, end="3\n"),
         write(4, LINES + 500), write(0), write(LINES + 500, 20 * LINES),
         write(20 * LINES, 20 * LINES + 2, end="0 %\r50 %\r100 %"),

@@ -45,6 +45,17 @@ class Head:
             "start_time": int(1000 * (time.time() - age)),
         }  # fmt: skip
 
+    def at_each_look(self, job_id: str, *steps: Callable[[], None]) -> None:
+        """Do one thing before each answer about a job."""
+        left = iter(steps)
+
+        def act() -> None:
+            if (step := next(left, None)) is not None:
+                self.before[f"GET /api/jobs/{job_id}"] = act
+                step()
+
+        self.before[f"GET /api/jobs/{job_id}"] = act
+
     def answered(self, method: str, path: str, body: bytes) -> tuple[int, Any]:
         url = urlsplit(path)
         self.asked.append(f"{method} {url.path}")
