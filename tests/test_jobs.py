@@ -111,6 +111,26 @@ def test_submission_is_known_by_what_it_does_and_not_by_where_it_was_said(
     assert read.execution.run == str(tmp_path / "runs/here")
 
 
+def test_cache_that_nobody_named_is_in_the_home_of_who_runs_the_job(
+    recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.config import read_config
+    from pipeline.jobs.submission import submission_of
+
+    carried = tmp_path / "carried.yaml"
+
+    def there(*overrides: str) -> str:
+        monkeypatch.setenv("HOME", "/home/here")
+        carried.write_text(submission_of(recipe.save(), overrides, None, None).recipe_yaml)
+        monkeypatch.setenv("HOME", "/home/there")
+        return read_config(str(carried)).execution.cache
+
+    assert there() == str(tmp_path / "cache")
+    assert there("execution.cache=~/mine") == "/home/here/mine"
+    del recipe.value["execution"]["cache"]
+    assert os.path.expanduser(there()) == "/home/there/.cache/tamis/generations"
+
+
 def test_token_is_found_as_ray_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.jobs.client import auth_token
     from stages.errors import ConfigError

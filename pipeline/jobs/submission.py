@@ -36,7 +36,7 @@ class Submission:
     """What is to run on a cluster.
 
     Attributes:
-        config: with absolute paths.
+        config: with absolute paths, but for a cache that nobody named.
         stage: the only stage to run, None for all.
         restart_from: as of `tamis run`.
     """
@@ -76,7 +76,7 @@ class Submission:
 
     @property
     def recipe_yaml(self) -> str:
-        """The whole recipe file, placement included, every path absolute."""
+        """The whole recipe file, placement included, its paths as `config` has them."""
         value = self.config.model_dump(mode="json")
         return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True))
 
@@ -114,8 +114,10 @@ def submission_of(
     """
     where = recipe if "://" in recipe else os.path.abspath(recipe)
     config = read_config(where, overrides)
+    # A cache that nobody named is in the home of whoever runs the job.
+    named = {"run", "cache"} & config.execution.model_fields_set
     execution = config.execution.model_copy(
-        update={key: _absolute(getattr(config.execution, key)) for key in ("run", "cache")}
+        update={key: _absolute(getattr(config.execution, key)) for key in named}
     )
     config = config.model_copy(update={"execution": execution})
     names = flow_of(config).names
