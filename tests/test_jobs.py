@@ -22,6 +22,7 @@ from typing import Any
 
 import psutil
 import pytest
+from fake_head import fake_head
 from ray_cluster import free_ports, ray_cluster
 from typer.testing import CliRunner
 
@@ -108,6 +109,26 @@ def test_submission_is_known_by_what_it_does_and_not_by_where_it_was_said(
     assert read == here.config
     assert read.sources[0].path == str(tmp_path / "apples.jsonl")
     assert read.execution.run == str(tmp_path / "runs/here")
+
+
+def test_cache_that_nobody_named_is_in_the_home_of_who_runs_the_job(
+    recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.config import read_config
+    from pipeline.jobs.submission import submission_of
+
+    carried = tmp_path / "carried.yaml"
+
+    def there(*overrides: str) -> str:
+        monkeypatch.setenv("HOME", "/home/here")
+        carried.write_text(submission_of(recipe.save(), overrides, None, None).recipe_yaml)
+        monkeypatch.setenv("HOME", "/home/there")
+        return read_config(str(carried)).execution.cache
+
+    assert there() == str(tmp_path / "cache")
+    assert there("execution.cache=~/mine") == "/home/here/mine"
+    del recipe.value["execution"]["cache"]
+    assert os.path.expanduser(there()) == "/home/there/.cache/tamis/generations"
 
 
 def test_token_is_found_as_ray_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -483,3 +504,28 @@ def test_what_is_no_dashboard_is_said_in_one_line() -> None:
     finally:
         server.shutdown()
         server.server_close()
+
+
+@pytest.mark.parametrize(("status", "exit_status"), [("SUCCEEDED", 0), ("FAILED", 75)])
+def test_job_is_followed_to_its_end_though_its_output_is_no_text(
+    monkeypatch: pytest.MonkeyPatch, status: str, exit_status: int
+) -> None:
+    monkeypatch.setattr("pipeline.jobs.submission._POLL_S", 0.01)
+    monkeypatch.setattr("pipeline.jobs.submission._SILENCE_S", 0.0)
+    with fake_head() as head:
+        head.put("j", "RUNNING")
+        head.logs["j"] = b"one\n"
+        head.at_each_look(
+            "j",
+            lambda: None,
+            lambda: head.logs.update(j=b"one\ntwo\n\xff\n"),
+            lambda: None,
+            lambda: head.put("j", status, exit_status),
+        )
+        done = CliRunner().invoke(app, ["job", "logs", "-f", "j", "--address", head.address])
+    assert done.exit_code == exit_status
+    assert done.stdout == "one\n"
+    told, *ended = done.stderr.splitlines()
+    assert "can't be read" in told
+    assert "UnicodeDecodeError" in told
+    assert len(ended) == (exit_status != 0)

@@ -16,7 +16,7 @@ from datetime import timedelta
 
 from airflow.sdk import DAG, Asset, Param, chain
 
-from tamis_ray_operator import TamisOperator
+from tamis_ray_operator import PLACE, TamisOperator
 
 STAGES = {
     "ingest": "cpu",
@@ -65,20 +65,25 @@ with DAG(
             os.environ.get("TAMIS_RUN", ""),
             type="string",
             minLength=1,
+            pattern=PLACE,
             description="The run directory: an absolute path or URL that all nodes can write.",
         ),
     },
     doc_md=__doc__,
     tags=["tamis"],
 ) as dag:
-    recipe = ["{{ params.recipe }}", "--set", "execution.run={{ params.run }}"]
+    recipe, settings = "{{ params.recipe }}", {"execution.run": "{{ params.run }}"}
     plan = TamisOperator(
-        task_id="plan", command=["plan", "--no-probe", *recipe], stages=list(STAGES)
+        task_id="plan",
+        command=["plan", "--no-probe", recipe],
+        settings=settings,
+        stages=list(STAGES),
     )
     tasks = [
         TamisOperator(
             task_id=stage,
-            command=["stage", stage, *recipe],
+            command=["stage", stage, recipe],
+            settings=settings,
             among="plan",
             stages=list(STAGES),
             pool=GPU_POOL if where == "gpu" else "default_pool",

@@ -11,7 +11,7 @@ from datetime import timedelta
 
 from airflow.sdk import DAG, Asset, Param
 
-from tamis_ray_operator import TamisOperator
+from tamis_ray_operator import PLACE, TamisOperator
 
 with DAG(
     "train_sae",
@@ -31,6 +31,7 @@ with DAG(
             "",
             type="string",
             minLength=1,
+            pattern=PLACE,
             description="Where the autoencoder goes: an absolute path or URL.",
         ),
     },
@@ -39,12 +40,8 @@ with DAG(
 ) as dag:
     TamisOperator(
         task_id="train_sae",
-        command=[
-            "train-sae",
-            "{{ params.recipe }}",
-            "--set",
-            "execution.run={{ params.run }}",
-        ],
+        command=["train-sae", "{{ params.recipe }}"],
+        settings={"execution.run": "{{ params.run }}"},
         pool="tamis_gpu",
         outlets=[Asset("tamis_autoencoder")],
     )

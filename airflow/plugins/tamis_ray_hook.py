@@ -1,6 +1,7 @@
 """The Jobs REST interface of a Ray cluster, by an Airflow connection.
 
-Interface: Ray's OpenAPI description of `/api/jobs`; read and run with Ray 2.60.
+Interface: Ray's OpenAPI description of `/api/jobs`, and `/api/v0/logs`, by which `ray logs` reads;
+read and run with Ray 2.60.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ import httpx
 from airflow.sdk import BaseHook, Connection
 
 ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
+LINES = 1000
+"""The last lines of a driver's output, which are all that is read of it."""
 _TIMEOUT_S = 20.0
 _STARTING_S = 60.0
 """A head answers some seconds before it can take jobs."""
-_STOP_S = 15.0
+_STOP_S = 25.0
+"""Less than the 30 s that a triggerer gives to the end of a trigger."""
 
 
 class Unanswered(Exception):
@@ -34,11 +38,15 @@ class Job(NamedTuple):
         status: PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED.
         message: what Ray says about it.
         exit_status: of its driver, None while it runs or where it had none.
+        node: id of its driver's node, None where it had no driver yet.
+        submitted: by the head's clock, in seconds since the epoch; None where it doesn't say.
     """
 
     status: str
     message: str
     exit_status: int | None
+    node: str | None
+    submitted: float | None
 
     @property
     def is_over(self) -> bool:
@@ -65,8 +73,14 @@ class RayJobs:
         if reply.status_code == httpx.codes.NOT_FOUND:
             return None
         value = self._object(reply)
-        message = str(value.get("message") or "")
-        return Job(str(value.get("status")), message, value.get("driver_exit_code"))
+        submitted = value.get("start_time")
+        return Job(
+            status=str(value.get("status")),
+            message=str(value.get("message") or ""),
+            exit_status=value.get("driver_exit_code"),
+            node=value.get("driver_node_id"),
+            submitted=None if submitted is None else submitted / 1000,
+        )
 
     async def submit(
         self,
@@ -75,7 +89,7 @@ class RayJobs:
         runtime_env: Mapping[str, Any],
         metadata: Mapping[str, str],
     ) -> None:
-        """Submit a job, unless another client has just submitted it under that id."""
+        """Submit a job, unless one of that id is under way; one that has ended makes way."""
         body = {
             "submission_id": job_id,
             "entrypoint": entrypoint,
@@ -90,8 +104,11 @@ class RayJobs:
                     except Unanswered as error:
                         # Ray has no status of its own for either.
                         if "already exists" in str(error):
-                            return
-                        if "No available agent" not in str(error):
+                            found = await self.job(job_id)
+                            if found is not None and not found.is_over:
+                                return
+                            await self._delete(job_id)
+                        elif "No available agent" not in str(error):
                             raise
                         await asyncio.sleep(1)
                     else:
@@ -102,25 +119,54 @@ class RayJobs:
                 "(dashboard_agent.log); a retry finds the job if it was taken after all"
             ) from error
 
-    async def logs(self, job_id: str) -> str:
-        """All that a job's driver has written so far."""
-        reply = await self._asked("GET", f"/api/jobs/{job_id}/logs")
-        if reply.status_code == httpx.codes.NOT_FOUND:
-            return ""
-        return str(self._object(reply).get("logs") or "")
+    async def tail(self, job_id: str, job: Job) -> str:
+        """The last `LINES` lines that a job's driver has written so far, the last perhaps in part.
 
-    async def stop(self, job_id: str) -> None:
-        """Stop a job, and wait until it has ended: SIGTERM, and seconds later SIGKILL."""
-        await self._asked("POST", f"/api/jobs/{job_id}/stop")
+        The whole output, as `/api/jobs/ID/logs` gives it, may be larger than the memory here, and
+        isn't given at all where one byte of it is no UTF-8.
+        """
+        if job.node is None:
+            return ""
+        query = httpx.QueryParams(node_id=job.node, submission_id=job_id, lines=LINES)
+        reply = await self._asked("GET", f"/api/v0/logs/file?{query}")
+        if not reply.is_success:
+            raise Unanswered(f"{self._address} has no log of it")
+        return reply.content.decode(errors="replace")
+
+    async def stop(self, job_id: str) -> Job | None:
+        """A job after it was stopped, by SIGTERM and seconds later SIGKILL; None for one unknown.
+
+        A cluster that doesn't answer is asked again for `_STOP_S`.
+        """
+        is_asked, said = False, "it doesn't end"
         try:
             async with asyncio.timeout(_STOP_S):
-                while (found := await self.job(job_id)) is not None and not found.is_over:
+                while True:
+                    try:
+                        if not is_asked:
+                            await self._asked("POST", f"/api/jobs/{job_id}/stop")
+                            is_asked = True
+                        found = await self.job(job_id)
+                        if found is None or found.is_over:
+                            return found
+                    except Unanswered as error:
+                        said = str(error)
                     await asyncio.sleep(0.5)
         except TimeoutError as error:
             raise Unanswered(
-                f"job {job_id} was asked to stop and still runs after {_STOP_S:.0f} s; stop it by "
-                f"`ray job stop {job_id} --address {self._address}`"
+                f"job {job_id} was to be stopped and may still run after {_STOP_S:.0f} s: {said}; "
+                f"stop it by `ray job stop {job_id} --address {self._address}`"
             ) from error
+
+    async def _delete(self, job_id: str) -> None:
+        """Forget a job that has ended, so that its id is free, or another client's by now."""
+        try:
+            await self._asked("DELETE", f"/api/jobs/{job_id}")
+        except Unanswered:
+            # Ray has no status of its own for a job that is gone or, submitted anew, under way.
+            found = await self.job(job_id)
+            if found is not None and found.is_over:
+                raise
 
     def _object(self, reply: httpx.Response) -> Mapping[str, Any]:
         """The object that a reply holds."""
@@ -151,6 +197,8 @@ class RayJobs:
                 f"no Ray dashboard answers at {address} ({error}); check that the head runs and "
                 f"that the connection {self._conn_id} names its dashboard"
             ) from error
+        if reply.is_success or reply.status_code == httpx.codes.NOT_FOUND:
+            return reply
         # Ray sends tracebacks, and adds a full stop of its own.
         lines = [line for line in reply.text.splitlines() if line.strip(". ")] or ["nothing"]
         said = f"{reply.status_code}, {lines[-1][:300]}"
@@ -161,9 +209,7 @@ class RayJobs:
             )
         if reply.is_server_error:
             raise Unanswered(f"{address} can't answer {method} {path}: {said}")
-        if reply.status_code != httpx.codes.NOT_FOUND and not reply.is_success:
-            raise Refused(f"{address} refuses {method} {path}: {said}")
-        return reply
+        raise Refused(f"{address} refuses {method} {path}: {said}")
 
 
 class RayJobsHook(BaseHook):

@@ -23,7 +23,7 @@ from airflow.sdk.exceptions import (
     DownstreamTasksSkipped,
 )
 
-from tamis_ray_hook import Job, RayJobs, RayJobsHook, Refused
+from tamis_ray_hook import Job, RayJobs, RayJobsHook, Refused, Unanswered
 from tamis_ray_trigger import RayJobTrigger
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+PLACE = r"^(/|[A-Za-z][A-Za-z0-9+.-]*://)[^\x00-\x1f\x7f-\x9f\u2028\u2029]+$"
+"""Pattern of an absolute path or a URL: where another is relative to, only the head knows."""
 _CONFIG_WRONG = 2
 """Exit status of a driver that found its recipe wrong."""
 _TAIL = 30
@@ -51,13 +53,14 @@ class TamisOperator(BaseOperator):
     The task's outlets are updated when the result isn't the one that they were last updated with.
     """
 
-    template_fields: Sequence[str] = ("command", "runtime_env")
+    template_fields: Sequence[str] = ("command", "settings", "runtime_env")
     ui_color = "#e8f0e4"
 
     def __init__(
         self,
         *,
         command: Sequence[str],
+        settings: Mapping[str, Any] | None = None,
         conn_id: str = RayJobsHook.default_conn_name,
         runtime_env: Mapping[str, Any] | None = None,
         among: str | None = None,
@@ -71,13 +74,15 @@ class TamisOperator(BaseOperator):
 
         Args:
             command: arguments of `python -m pipeline`, without `--json`.
+            settings: fields of the recipe by dotted path, for `--set`; strings stay strings.
             conn_id: connection of the cluster.
             runtime_env: Ray's, where the cluster has no tamis installed; URIs only.
             among: a task whose XCom `stages` must hold this task's id; else the task is skipped.
             stages: ids of all tasks that the XCom `stages` chooses from, in order: it may name no
                 others, and those that it doesn't name are skipped by the one before them.
             python: the interpreter on the cluster's head.
-            job_timeout: after which the job is stopped and the task fails; None for never.
+            job_timeout: how long a job may take before it is stopped and the task fails; None for
+                ever. A retry that finds the job of an earlier try gives it no more time.
             poll_s: seconds between two looks at the job.
             arguments: of every operator.
 
@@ -91,6 +96,7 @@ class TamisOperator(BaseOperator):
                 "job_timeout instead, which stops it"
             )
         self.command = list(command)
+        self.settings = dict(settings or {})
         self.conn_id = conn_id
         self.runtime_env = dict(runtime_env or {})
         self.among = among
@@ -136,7 +142,7 @@ class TamisOperator(BaseOperator):
         if event["why"] == "timeout":
             raise AirflowException(f"job {job_id} was stopped after {self.job_timeout}")
         job, output = self._answer(lambda jobs: _ended(jobs, job_id))
-        if job.status == "STOPPED" and job_id != job_id_of(ti, self.command):
+        if job.status == "STOPPED" and job_id != job_id_of(ti, self.arguments):
             self._wait(ti)
         if job.status != "SUCCEEDED":
             tail = "\n".join(output.strip().splitlines()[-_TAIL:])
@@ -170,6 +176,13 @@ class TamisOperator(BaseOperator):
             with ThreadPoolExecutor(1) as other:
                 other.submit(asyncio.run, stop()).result()
 
+    @property
+    def arguments(self) -> list[str]:
+        """The whole command, with the settings."""
+        # The value is read as YAML, of which JSON is a part.
+        given = [f"{key}={json.dumps(to, ensure_ascii=False)}" for key, to in self.settings.items()]
+        return [*self.command, *(word for override in given for word in ("--set", override))]
+
     def _named(self, ti: Any) -> Collection[str]:
         stages: Collection[str] | None = ti.xcom_pull(task_ids=self.among, key="stages")
         if stages is None:
@@ -179,28 +192,33 @@ class TamisOperator(BaseOperator):
         return stages
 
     def _wait(self, ti: Any) -> NoReturn:
-        job_id = self._answer(lambda jobs: self._submitted(jobs, ti))
-        deadline = time.time() + self.job_timeout.total_seconds() if self.job_timeout else None
+        job_id, since = self._answer(lambda jobs: self._submitted(jobs, ti))
+        deadline = since + self.job_timeout.total_seconds() if self.job_timeout else None
         trigger = RayJobTrigger(self.conn_id, job_id, deadline, self.poll_s)
         self.defer(trigger=trigger, method_name="finish")
 
-    async def _submitted(self, jobs: RayJobs, ti: Any) -> str:
-        """Id of the job to wait for: an earlier one that is under way, or a new one."""
-        own, *earlier = [job_id_of(ti, self.command, n) for n in range(ti.try_number, 0, -1)]
+    async def _submitted(self, jobs: RayJobs, ti: Any) -> tuple[str, float]:
+        """Id of the job to wait for, one that is under way or a new one, and when it was submitted.
+
+        One of this try's id that has ended did so before the try began: it belongs to a DAG run of
+        the same id that was deleted, or to another database. Its result may be out of date, and a
+        command that has nothing left to do says so at once.
+        """
+        own, *earlier = [job_id_of(ti, self.arguments, n) for n in range(ti.try_number, 0, -1)]
         for job_id in (own, *earlier):
             found = await jobs.job(job_id)
-            if found is not None and (job_id == own or not found.is_over):
+            if found is not None and not found.is_over:
                 self._stop = partial(jobs.stop, job_id)
                 self.log.info("job %s was submitted before: %s", job_id, found.status)
-                return job_id
+                return job_id, found.submitted or time.time()
         self._stop = partial(jobs.stop, own)
-        entrypoint = shlex.join([self.python, "-m", "pipeline", *self.command, "--json"])
+        entrypoint = shlex.join([self.python, "-m", "pipeline", *self.arguments, "--json"])
         await jobs.submit(own, entrypoint, self.runtime_env, {"airflow_task": self.task_id})
         self.log.info("job %s: %s", own, entrypoint)
         if self._killed:
             await jobs.stop(own)
             raise AirflowException(f"job {own} was stopped: its task was killed")
-        return own
+        return own, time.time()
 
     def _answer(self, ask: Callable[[RayJobs], Coroutine[Any, Any, T]]) -> T:
         try:
@@ -232,10 +250,14 @@ def lacking_after(task_id: str, named: Collection[str], stages: Sequence[str]) -
 
 
 async def _ended(jobs: RayJobs, job_id: str) -> tuple[Job, str]:
+    """A job, and the end of its driver's output, or why it can't be read."""
     job = await jobs.job(job_id)
     if job is None:
         raise AirflowException(f"the cluster no longer knows job {job_id}")
-    return job, await jobs.logs(job_id)
+    try:
+        return job, await jobs.tail(job_id, job)
+    except (Refused, Unanswered) as error:
+        return job, f"the driver's output can't be read: {error}"
 
 
 def job_id_of(ti: Any, command: Sequence[str], number: int | None = None) -> str:
@@ -266,4 +288,8 @@ def last_json(output: str) -> dict[str, Any]:
                 # Any library may write a line in braces.
                 continue
             return value
-    raise AirflowException("the driver's output has no line of JSON: is tamis too old there?")
+    last = (output.strip().splitlines() or ["nothing"])[-1][:300]
+    raise AirflowException(
+        "the job has ended well, but its last lines hold no JSON that says what it did (is tamis "
+        f"too old there?); a retry finds nothing to do, and says it again. They end with: {last}"
+    )

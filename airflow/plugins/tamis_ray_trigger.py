@@ -9,14 +9,16 @@ from typing import Any
 
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
-from tamis_ray_hook import RayJobsHook, Refused, Unanswered
+from tamis_ray_hook import LINES, Job, RayJobs, RayJobsHook, Refused, Unanswered
 
 _SILENCE_S = 300.0
 """How long a cluster may leave all questions unanswered."""
+_WIDTH = 2000
+"""Characters of a line that are shown."""
 
 
 class RayJobTrigger(BaseTrigger):
-    """Fires when a job is over, passing its driver's output on to the task's log."""
+    """Fires when a job is over, passing the tail of its driver's output on to the task's log."""
 
     def __init__(
         self, conn_id: str, job_id: str, deadline: float | None = None, poll_s: float = 5.0
@@ -31,6 +33,8 @@ class RayJobTrigger(BaseTrigger):
         """
         super().__init__()
         self.conn_id, self.job_id, self.deadline, self.poll_s = conn_id, job_id, deadline, poll_s
+        self._seen: list[str] = []
+        self._unread = False
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         """The class's path and arguments."""
@@ -54,31 +58,73 @@ class RayJobTrigger(BaseTrigger):
         await jobs.stop(self.job_id)
 
     async def _waited(self) -> dict[str, str]:
-        jobs, shown = await RayJobsHook(self.conn_id).aget_conn(), 0
+        jobs = await RayJobsHook(self.conn_id).aget_conn()
         heard = time.monotonic()
         while True:
             try:
-                if self.deadline is not None and time.time() > self.deadline:
-                    await jobs.stop(self.job_id)
-                    return {"why": "timeout"}
-                # Asked before the logs, so that those of a job that is over are whole.
                 job = await jobs.job(self.job_id)
-                text = await jobs.logs(self.job_id) if job else ""
                 heard = time.monotonic()
+                is_late = self._is_late(job)
+                if is_late:
+                    job = await jobs.stop(self.job_id)
             except Refused as error:
                 return {"why": "refused", "error": str(error)}
             except Unanswered as error:
                 if time.monotonic() - heard > _SILENCE_S:
                     return {"why": "lost", "error": str(error)}
+                self.log.warning("%s", error)
                 await asyncio.sleep(self.poll_s)
                 continue
-            # A line that is being written waits.
-            end = len(text) if job is None or job.is_over else text.rfind("\n") + 1
-            for line in text[shown:end].splitlines():
-                self.log.info("%s", line)
-            shown = end
             if job is None:
                 return {"why": "lost", "error": f"the cluster no longer knows job {self.job_id}"}
+            # Asked before the log, so that that of a job which is over is whole.
+            await self._show(jobs, job)
             if job.is_over:
-                return {"why": "ended"}
+                # It may have ended by itself while it was being stopped.
+                return {"why": "timeout" if is_late and job.status == "STOPPED" else "ended"}
             await asyncio.sleep(self.poll_s)
+
+    def _is_late(self, job: Job | None) -> bool:
+        runs = job is not None and not job.is_over
+        return runs and self.deadline is not None and time.time() > self.deadline
+
+    async def _show(self, jobs: RayJobs, job: Job) -> None:
+        """Write the lines that are new to the task's log, where the cluster gives them."""
+        try:
+            text = await jobs.tail(self.job_id, job)
+        except (Refused, Unanswered) as error:
+            if not self._unread:
+                self.log.warning(
+                    "the driver's output can't be shown; the job is waited for all the same: %s",
+                    error,
+                )
+            self._unread = True
+            return
+        lines = text.split("\n")
+        is_cut = len(lines) - (not lines[-1]) >= LINES
+        # A line that is being written waits.
+        last = lines.pop()
+        new = unseen(self._seen, lines)
+        self._seen = lines
+        if is_cut and len(new) == len(lines):
+            self.log.info(
+                "(of the lines before, some are left out; `ray job logs %s` prints all)",
+                self.job_id,
+            )
+        for line in [*new, last] if job.is_over and last else new:
+            # Of a progress bar, what a terminal would show.
+            self.log.info("%s", line.rstrip("\r").rpartition("\r")[2][:_WIDTH])
+
+
+def unseen(seen: list[str], lines: list[str]) -> list[str]:
+    """Lines of a log's tail that weren't in an earlier one.
+
+    Exact while the log is shorter than its tail may be. In a longer one, whose start is cut, a
+    whole tail of repetitions counts as seen.
+
+    Args:
+        seen: the earlier tail.
+        lines: the tail now, which begins within the earlier one or after it.
+    """
+    overlaps = range(min(len(seen), len(lines)), 0, -1)
+    return lines[next((n for n in overlaps if seen[-n:] == lines[:n]), 0) :]

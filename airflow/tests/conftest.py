@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ import httpx
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "airflow/tests"), str(ROOT / "airflow/plugins")]
 
 from ray_cluster import free_ports, ray_cluster  # noqa: E402
 
@@ -244,6 +245,11 @@ def scored(folder: Path, rows: int) -> str:
     return small(folder, rows, models={"student": {**STUDENT, "max_length": 512}}, difficulty={})
 
 
+def places(run: Path) -> set[str]:
+    """What a command line says of a run directory, by an override or by an operator's setting."""
+    return {f"execution.run={run}", f"execution.run={json.dumps(str(run))}"}
+
+
 def drivers(run: Path) -> list[int]:
     """Process ids of the drivers that work in a run directory."""
     found = []
@@ -252,7 +258,7 @@ def drivers(run: Path) -> list[int]:
             words = entry.read_bytes().decode().split("\0")
         except OSError:
             continue
-        if "pipeline" in words and f"execution.run={run}" in words:
+        if "pipeline" in words and places(run) & set(words):
             found.append(int(entry.parent.name))
     return found
 
@@ -261,5 +267,5 @@ def jobs_in(cluster: str, run: Path) -> dict[str, dict[str, Any]]:
     """The cluster's jobs for a run directory, by id."""
     headers = {"Authorization": f"Bearer {TOKEN}"}
     listed = httpx.get(f"{cluster}/api/jobs/", headers=headers, timeout=30).json()
-    mine = (job for job in listed if f"execution.run={run}" in job["entrypoint"].split())
+    mine = (job for job in listed if places(run) & set(shlex.split(job["entrypoint"])))
     return {job["submission_id"]: job for job in mine}

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,10 +24,8 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException, TaskD
 from airflow.sdk.module_loading import import_string
 from conftest import ROOT, TAMIS_BIN, drivers, jobs_in, scored, wait_for
 
-sys.path.insert(0, str(ROOT / "airflow/plugins"))
-
 import tamis_ray_trigger
-from tamis_ray_hook import RayJobsHook
+from tamis_ray_hook import LINES, RayJobsHook
 from tamis_ray_operator import TamisOperator, job_id_of
 from tamis_ray_trigger import RayJobTrigger
 
@@ -212,19 +212,38 @@ def test_directory_in_use_is_said_and_tried_again(task: Task) -> None:
 
 
 def test_try_that_is_run_several_times_at_once_submits_one_job(cluster: str, task: Task) -> None:
+    # Its id is that of a job which has ended, as of a DAG run that was deleted and made again.
     first = task.deferred(1)
     asyncio.run(first.on_kill())
-    context = task.context(2)
+    context = task.context(1)
 
-    async def met() -> list[str]:
+    async def met() -> list[tuple[str, float]]:
         jobs = RayJobsHook().get_conn()
         tries = (task.operator()._submitted(jobs, context["ti"]) for _ in range(4))
         return await asyncio.gather(*tries)
 
-    assert asyncio.run(met()) == [task.job_id(2)] * 4
+    assert [job_id for job_id, _ in asyncio.run(met())] == [task.job_id(1)] * 4
     wait_for(lambda: drivers(task.run))
     assert len(drivers(task.run)) == 1
-    assert status(cluster, task, 2) == "RUNNING"
+    assert status(cluster, task, 1) == "RUNNING"
+
+
+def test_end_of_the_output_is_shown_whatever_its_length_and_bytes(
+    cluster: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    code = (
+        "import sys; print(*range(3000), sep=chr(10)); sys.stdout.flush(); "
+        "sys.stdout.buffer.write(bytes([255, 10]))"
+    )
+    jobs = RayJobsHook().get_conn()
+    asyncio.run(jobs.submit("bytes", shlex.join(["python", "-c", code]), {}, {}))
+    trigger = RayJobTrigger("ray_default", "bytes", None, 0.5)
+    trigger._log = logging.getLogger("a task")
+    with caplog.at_level(logging.INFO, "a task"):
+        assert event_of(trigger) == {"job": "bytes", "why": "ended"}
+    lines = [told.getMessage() for told in caplog.records if told.name == "a task"]
+    assert lines[-LINES:] == [*map(str, range(3001 - LINES, 3000)), "\ufffd"]
+    assert any("left out" in line for line in lines)
 
 
 def test_wait_ends_where_the_cluster_is_gone_refuses_or_has_forgotten(

@@ -138,7 +138,7 @@ def _follow(client: JobsClient, job_id: str) -> None:
         sys.stdout.flush()
 
     try:
-        done = followed(client, job_id, write)
+        done = followed(client, job_id, write, _line)
     except KeyboardInterrupt:
         _line(f"job {job_id}: goes on; `tamis job logs -f` shows it, `tamis job stop` ends it")
         raise typer.Exit(130) from None

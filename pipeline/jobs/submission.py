@@ -36,7 +36,7 @@ class Submission:
     """What is to run on a cluster.
 
     Attributes:
-        config: with absolute paths.
+        config: with absolute paths, but for a cache that nobody named.
         stage: the only stage to run, None for all.
         restart_from: as of `tamis run`.
     """
@@ -76,7 +76,7 @@ class Submission:
 
     @property
     def recipe_yaml(self) -> str:
-        """The whole recipe file, placement included, every path absolute."""
+        """The whole recipe file, placement included, its paths as `config` has them."""
         value = self.config.model_dump(mode="json")
         return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True))
 
@@ -114,8 +114,10 @@ def submission_of(
     """
     where = recipe if "://" in recipe else os.path.abspath(recipe)
     config = read_config(where, overrides)
+    # A cache that nobody named is in the home of whoever runs the job.
+    named = {"run", "cache"} & config.execution.model_fields_set
     execution = config.execution.model_copy(
-        update={key: _absolute(getattr(config.execution, key)) for key in ("run", "cache")}
+        update={key: _absolute(getattr(config.execution, key)) for key in named}
     )
     config = config.model_copy(update={"execution": execution})
     names = flow_of(config).names
@@ -155,22 +157,26 @@ def submitted(client: JobsClient, submission: Submission, *, installed: bool = F
     return Submitted(submission.id, "submitted" if is_new else "attached")
 
 
-def followed(client: JobsClient, job_id: str, write: Callable[[str], Any]) -> Job:
+def followed(
+    client: JobsClient, job_id: str, write: Callable[[str], Any], note: Callable[[str], Any]
+) -> Job:
     """A job when it is over; what its driver writes is passed on as it comes.
+
+    Args:
+        client: of the cluster.
+        job_id: submission id.
+        write: is given the driver's output.
+        note: is told, once, where that can't be read; the job's state decides all the same.
 
     Raises:
         ConfigError: the cluster knows no such job.
         StageError: the cluster has forgotten the job, or hasn't answered for long.
     """
-    shown, known = 0, False
+    shown, known, noted = 0, False, False
     heard = time.monotonic()
     while True:
         try:
-            # Asked before the logs, so that those of a job that is over are whole.
             job = client.job(job_id)
-            if job is None and not known:
-                raise unknown_job(job_id)
-            text = client.logs(job_id) if job else ""
         except Unanswered as error:
             if time.monotonic() - heard > _SILENCE_S:
                 raise StageError(
@@ -179,13 +185,22 @@ def followed(client: JobsClient, job_id: str, write: Callable[[str], Any]) -> Jo
                 ) from error
             time.sleep(_POLL_S)
             continue
+        if job is None and not known:
+            raise unknown_job(job_id)
         if job is None:
             raise StageError(
                 f"the cluster no longer knows job {job_id}: its head was started anew, or the job "
                 "was deleted; the same command goes on from what is committed"
             )
         heard, known = time.monotonic(), True
-        if len(text) > shown:
+        # Asked after the state, so that the output of a job that is over is whole.
+        try:
+            text = client.logs(job_id)
+        except Unanswered as error:
+            if not noted:
+                note(f"job {job_id}: its output can't be read, and isn't shown: {error}")
+            noted = True
+        else:
             write(text[shown:])
             shown = len(text)
         if job.is_over:
