@@ -473,6 +473,35 @@ def test_frames_keep_nulls_lists_and_numbers(session: Any, rows_of: Any) -> None
     assert session.embedding(frame).shape == (6, frame.shape[1] + 3)
 
 
+INDICES = {
+    "shuffled": pd.Index([7, 2, 5, 9, 0, 4]),
+    "named, with one label twice": pd.Index([*"abcdda"], name="key"),
+    "times": pd.date_range("2020-01-01", periods=6, freq="D", name="day"),
+    "two levels": pd.MultiIndex.from_product([["x", "y"], [3, 1, 2]], names=["part", None]),
+    "called as a column": pd.Index([*"uvwxyz"], name="source"),
+}
+
+
+@pytest.mark.parametrize("index", INDICES.values(), ids=INDICES)
+def test_frames_keep_their_index(index: pd.Index, session: Any, rows_of: Any) -> None:
+    rows = session.ingest({"apples": rows_of("apples", 0, 6)}).rows
+    frame = pd.DataFrame(rows, index=index)
+    expected = {row["id"]: row["ifd"] for row in session.difficulty(rows)}
+
+    scored = session.difficulty(frame)
+    pd.testing.assert_index_equal(scored.index, index)
+    for pool in (scored, scored.iloc[[4, 1, 3]]):
+        selected = session.selection(pool, score="ifd", rows=2)
+        for part, rows_of_part in ((selected.kept, 2), (selected.dropped, len(pool) - 2)):
+            assert len(part) == rows_of_part
+            pd.testing.assert_index_equal(part.index, pool.index[pool["id"].isin(part["id"])])
+    if index.is_unique:
+        frame["ifd"] = scored["ifd"]
+        assert dict(zip(frame["id"], frame["ifd"], strict=True)) == expected
+    emitted = session.emission(selected).rows
+    pd.testing.assert_index_equal(emitted.index, pd.RangeIndex(2))
+
+
 def test_second_ingest_forgets_neither_anchors_nor_what_must_stay_unseen(
     session: Any, rows_of: Any
 ) -> None:

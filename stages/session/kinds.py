@@ -53,8 +53,23 @@ def arrow_table(rows: object, types: Mapping[str, pa.DataType]) -> pa.Table:
     return table.replace_schema_metadata(None)
 
 
+def same_rows(rows: Rows, table: pa.Table, keep: pa.ChunkedArray | None = None) -> Rows:
+    """The given rows with a table's columns: a pandas frame keeps its index.
+
+    Args:
+        rows: of one of the four kinds.
+        table: a row for each of them that is kept, in their order.
+        keep: which are; None: all.
+    """
+    made: Any = same_kind(rows, table)
+    if _is(rows, "pandas", "DataFrame"):
+        index = cast(Any, rows).index
+        made.index = index if keep is None else index[keep.to_numpy()]
+    return cast(Rows, made)
+
+
 def same_kind(rows: Rows, table: pa.Table) -> Rows:
-    """A table as the kind that the given rows are.
+    """New rows: a table as the kind that the given rows are.
 
     A pandas frame gets columns of Arrow types, so that nulls and lists stay what they are. A
     `datasets.Dataset` has no dictionary types: labels are strings there.

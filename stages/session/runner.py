@@ -29,7 +29,7 @@ from stages.requests import lowest_keys, not_requested_columns, requested_rows
 from stages.rows import ROWS, TARGETS
 from stages.rules import rule_columns, rule_mask
 from stages.session.background import BackgroundLoop
-from stages.session.kinds import Rows, arrow_table, same_kind
+from stages.session.kinds import Rows, arrow_table, same_rows
 from stages.session.memory import MemoryColumns, view_of
 from stages.session.models import MakeEngine, OpenModels
 from stages.session.results import Fitted
@@ -133,7 +133,7 @@ class Runner:
                 rows_computed=chosen.num_rows,
                 seconds=time.monotonic() - started,
             )
-        return same_kind(rows, kept)
+        return same_rows(rows, kept)
 
     def fitted(
         self,

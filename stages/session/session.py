@@ -59,7 +59,7 @@ from stages.selection.activation_coverage import ACTIVE
 from stages.selection.settings import RESPONSE_REWRITTEN, SelectionSettings
 from stages.selection.stage import SelectionStage
 from stages.session.keywords import takes
-from stages.session.kinds import Rows, same_kind
+from stages.session.kinds import Rows, same_kind, same_rows
 from stages.session.models import MakeEngine, ModelLike, model_settings
 from stages.session.results import Emitted, Fitted, Ingested, Mixed, Selected
 from stages.session.runner import Runner, check_columns
@@ -438,10 +438,11 @@ class Session(Runner):
         tables, report, _ = self._decided(stage, table, goals)
         decisions = tables["decisions.parquet"]
         keep = decisions["keep"]
-        dropped = table.append_column("reason", decisions["reason"]).filter(pc.invert(keep))
+        drop = pc.invert(keep)
+        dropped = table.append_column("reason", decisions["reason"]).filter(drop)
         return Selected(
-            kept=same_kind(pool, table.filter(keep)),
-            dropped=same_kind(pool, dropped),
+            kept=same_rows(pool, table.filter(keep), keep),
+            dropped=same_rows(pool, dropped, drop),
             decisions=decisions,
             report=report,
             table=table,
