@@ -8,6 +8,8 @@ import inspect
 import json
 import weakref
 from collections import Counter
+from datetime import UTC, date, datetime, time, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +268,78 @@ def test_records_of_every_kind_are_ingested_alike(session: Any, rows_of: Any) ->
     ]  # fmt: skip
     assert ids[0] == ids[1] == ids[2] == ids[3]
     assert len(set(ids[0])) == 10
+
+
+def rows_and_rejects(session: Any, data: Any) -> tuple[list[Any], list[Any]]:
+    """Rows without their file's name, and rejects by record and code."""
+    where = "path" if isinstance(data, str) else "data"
+    found = session.ingest({"apples": {where: data}}, max_reject_rate=1)
+    rejects = pa.Table.to_pylist(session._table(found.rejects))
+    return (
+        session._table(found.rows).drop_columns("file").to_pylist(),
+        [(reject["record"], reject["reason"].partition(":")[0]) for reject in rejects],
+    )
+
+
+VALUES = {
+    "times": [datetime(2020, 1, 1, 12), None, datetime(2021, 2, 3, 4, 5, 6, 789)],
+    "zoned": [datetime(2020, 1, 1, tzinfo=UTC), None, datetime(2021, 1, 1, tzinfo=UTC)],
+    "days": [date(2020, 1, 1), None, date(2021, 2, 3)],
+    "hours": [time(1, 2), None, time(3, 4, 5, 6)],
+    "durations": [timedelta(days=1, seconds=2), None, timedelta(0)],
+    "bytes": [b"x\xff", None, b""],
+    "decimals": [Decimal("1.10"), None, Decimal("-2.00")],
+    "floats": [0.1, float("nan"), None],
+    "infinite": [1.0, float("inf"), float("-inf")],
+    "lists": [[0.5, float("nan")], None, []],
+    "structs": [{"n": 0.5, "at": datetime(2020, 1, 1)}, None, {"n": 1.5, "at": None}],
+    "answer": ["", "Two.", "Three."],
+}
+
+
+@pytest.mark.parametrize("column", VALUES)
+def test_rows_in_memory_are_read_as_their_file_is(
+    column: str, session: Any, rows_of: Any, tmp_path: Path
+) -> None:
+    records = [
+        row | {column: value}
+        for row, value in zip(rows_of("apples", 0, 3), VALUES[column], strict=True)
+    ]
+    table = pa.Table.from_pylist(records)
+    pq.write_table(table, tmp_path / "rows.parquet")
+    expected = rows_and_rejects(session, str(tmp_path / "rows.parquet"))
+    assert len(expected[0]) + len(expected[1]) == 3
+    frame = table.to_pandas()
+    for data in (
+        table, frame, table.to_pandas(types_mapper=pd.ArrowDtype), Dataset(table),
+        records, frame.to_dict("records"),
+    ):  # fmt: skip
+        assert rows_and_rejects(session, data) == expected, type(data)
+
+
+def test_records_are_read_as_lines_of_json_are(session: Any, rows_of: Any, tmp_path: Path) -> None:
+    more = (7, "seven", None, [1, "a", {"b": None}], 2**70, True, "Äpfel")
+    records = [
+        row | {"more": value} for row, value in zip(rows_of("apples", 0, 7), more, strict=True)
+    ] + [{"question": 5, "answer": "x"}, {"answer": "y"}, "no record"]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    expected = rows_and_rejects(session, str(file))
+    assert [len(part) for part in expected] == [7, 3]
+    assert rows_and_rejects(session, records) == expected
+
+
+def test_scalars_of_numpy_and_pandas_are_values(session: Any, rows_of: Any) -> None:
+    values = {
+        "i": np.int64(3), "b": np.bool_(True), "f": np.float32(0.5), "nan": np.float32("nan"),
+        "t": pd.Timestamp("2020-01-01 12:00"), "nat": pd.NaT, "na": pd.NA,
+        "a": np.array([[1, 2], [3, 4]]), "d": np.datetime64("2020-01-01"), "tuple": (1, np.int8(2)),
+    }  # fmt: skip
+    [row] = session.ingest({"apples": [rows_of("apples", 0, 1)[0] | values]}).rows
+    assert json.loads(row["extra"]) == {
+        "i": 3, "b": True, "f": 0.5, "nan": None, "t": "2020-01-01T12:00:00", "nat": None,
+        "na": None, "a": [[1, 2], [3, 4]], "d": "2020-01-01", "tuple": [1, 2],
+    }  # fmt: skip
 
 
 def test_every_record_is_a_row_or_a_reject(session: Any, rows_of: Any) -> None:

@@ -63,7 +63,7 @@ from stages.session.kinds import Rows, same_kind, same_rows
 from stages.session.models import MakeEngine, ModelLike, model_settings
 from stages.session.results import Emitted, Fitted, Ingested, Mixed, Selected
 from stages.session.runner import Runner, check_columns
-from stages.session.sources import facts_of, in_memory, json_lines
+from stages.session.sources import facts_of, in_memory, source_file
 from stages.sources.settings import Source, Target
 from stages.storage import Store
 from stages.thinking.settings import ThinkingSettings
@@ -614,13 +614,7 @@ class Session(Runner):
         data = in_memory(value)
         if data is not None:
             fields.pop("data", None)
-            lines = json_lines(name, data)
-            folder = self._folder("sources")
-            # Called otherwise than its source, so that it is never taken for a file of the
-            # catalogue.
-            file = f"{name}-in-memory.jsonl"
-            folder.write_bytes(file, lines)
-            fields["path"] = f"{folder.url}/{file}"
+            fields["path"] = source_file(name, data, self._folder("sources"))
         return _valid(kind, {"name": name, **fields}, f"source {name}")
 
     def _keep_unseen(self, settings: ContaminationSettings, rows: Store) -> None:
