@@ -198,7 +198,7 @@ KINDS = {
     "arrow": lambda table: table,
     "pandas": lambda table: table.to_pandas(),
     "list": lambda table: table.to_pylist(),
-    "datasets": lambda table: Dataset.from_list(table.to_pylist()),
+    "datasets": lambda table: Dataset(table),
 }
 
 
@@ -255,6 +255,41 @@ def test_columns_of_every_stage_pass_through_every_kind(
     for mine, arrow, asked in zip(made, expected, given, strict=True):
         assert type(mine) is type(asked)
         assert listed(mine) == arrow.to_pylist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_rows_pass_through_every_stage(
+    kind: str, session: Any, rows_of: Any, with_concepts: None
+) -> None:
+    found = session.ingest(
+        {"apples": pa.Table.from_pylist(rows_of("apples", 0, 9))},
+        {"plums": pa.Table.from_pylist(rows_of("plums", 0, 4))},
+    )
+    dictionary = session.dictionary(found.rows, layer=2, expansion=2, k=4, steps=6, batch=32)
+    prototypes = session.prototypes(found.rows, found.targets, dictionary)
+    targets = session.embedding(found.targets)
+    asked = {"max_new_tokens": 8, "temperature": 1.0}
+    for none in (KINDS[kind](found.rows.slice(0, 0)), KINDS[kind](found.targets.slice(0, 0))):
+        rows = session.difficulty(none, where="source == 'apples'")
+        rows = session.pass_rate(rows, model="student", rollouts=2, **asked)
+        rows = session.reflection(rows, reply="whole", max_new_tokens=8)
+        rows = session.concepts(session.features(rows, prototypes), dictionary)
+        rows = session.embedding(rows)
+        rows = session.baselines(rows, targets, scores=["bm25", "embedding"])
+        assert type(rows) is type(none)
+        assert len(rows) == 0
+        with pytest.raises(StageError, match="no sampled row has an embedding"):
+            session.valuation(rows, targets)
+        with pytest.raises(StageError, match="left no row of 0"):
+            session.selection(rows, score="ifd", share=0.5)
+
+
+def test_no_targets_are_a_list_without_rows(session: Any, rows_of: Any) -> None:
+    found = session.ingest({"apples": rows_of("apples", 0, 6)})
+    assert session.embedding(found.targets) == []
+    selected = session.selection(session.embedding(found.rows), found.targets)
+    assert selected.dropped == session.embedding(selected.dropped) == []
+    assert len(session.emission(selected, found.targets).rows) == 6
 
 
 def test_records_of_every_kind_are_ingested_alike(session: Any, rows_of: Any) -> None:

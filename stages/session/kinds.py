@@ -25,7 +25,7 @@ def arrow_table(rows: object, types: Mapping[str, pa.DataType]) -> pa.Table:
     """Rows of any kind as an Arrow table.
 
     Args:
-        rows: of one of the four kinds.
+        rows: of one of the four kinds. A list without rows has all the columns that have a type.
         types: Arrow types of columns by name; those of others are inferred.
 
     Raises:
@@ -39,7 +39,7 @@ def arrow_table(rows: object, types: Mapping[str, pa.DataType]) -> pa.Table:
         table = cast(Any, rows).with_format("arrow")[:]
     elif is_rows(rows):
         listed = cast("Sequence[Mapping[str, Any]]", rows)
-        names = list(dict.fromkeys(name for row in listed for name in row))
+        names = list(dict.fromkeys(name for row in listed for name in row) if listed else types)
         table = pa.table({name: _listed(name, listed, types.get(name)) for name in names})
     else:
         raise ConfigError(
