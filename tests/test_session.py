@@ -258,6 +258,18 @@ def test_columns_of_every_stage_pass_through_every_kind(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_what_was_dropped_can_be_selected_from_again(kind: str, session: Any, rows_of: Any) -> None:
+    table = session.ingest({"apples": pa.Table.from_pylist(rows_of("apples", 0, 9))}).rows
+    rows = session.difficulty(KINDS[kind](table))
+    first = session.selection(rows, score="ifd", rows=4)
+    second = session.selection(first.dropped, filters=[{"rule": "record > 3", "reason": "early"}])
+    dropped = session._table(second.dropped)
+    assert dropped.column_names == session._table(first.dropped).column_names
+    assert dropped["reason"].to_pylist() == ["filter: early"] * len(dropped)
+    assert len(second.kept) + len(dropped) == 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_no_rows_pass_through_every_stage(
     kind: str, session: Any, rows_of: Any, with_concepts: None
 ) -> None:

@@ -60,6 +60,7 @@ from stages.selection.settings import RESPONSE_REWRITTEN, SelectionSettings
 from stages.selection.stage import SelectionStage
 from stages.session.keywords import takes
 from stages.session.kinds import Rows, same_kind, same_rows
+from stages.session.memory import with_columns_of
 from stages.session.models import MakeEngine, ModelLike, model_settings
 from stages.session.results import Emitted, Fitted, Ingested, Mixed, Selected
 from stages.session.runner import Runner, check_columns
@@ -439,7 +440,7 @@ class Session(Runner):
         decisions = tables["decisions.parquet"]
         keep = decisions["keep"]
         drop = pc.invert(keep)
-        dropped = table.append_column("reason", decisions["reason"]).filter(drop)
+        dropped = with_columns_of(table, decisions.select(["reason"])).filter(drop)
         return Selected(
             kept=same_rows(pool, table.filter(keep), keep),
             dropped=same_rows(pool, dropped, drop),
