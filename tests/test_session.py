@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import STUDENT
-from datasets import Dataset
+from datasets import Array2D, ClassLabel, Dataset, DatasetInfo, Features
 from engine_fakes import CountedEngines, FakeReader
 from pydantic import BaseModel
 
@@ -267,6 +267,76 @@ def test_what_was_dropped_can_be_selected_from_again(kind: str, session: Any, ro
     assert dropped.column_names == session._table(first.dropped).column_names
     assert dropped["reason"].to_pylist() == ["filter: early"] * len(dropped)
     assert len(second.kept) + len(dropped) == 5
+
+
+def test_metadata_of_arrow_tables_stays(session: Any, rows_of: Any) -> None:
+    table = session.ingest({"apples": pa.Table.from_pylist(rows_of("apples", 0, 6))}).rows
+    text = table.schema.get_field_index("source")
+    mine = pa.field("mine", pa.int8(), nullable=False, metadata={"unit": "apples"})
+    given = (
+        table.set_column(text, pa.field("source", pa.string(), metadata={"from": "me"}),
+                         table["source"].cast(pa.string()))
+        .append_column(mine, pa.array(range(6), pa.int8()))
+        .replace_schema_metadata({"made": "by me"})
+    )  # fmt: skip
+    selected = session.selection(session.difficulty(given), score="ifd", rows=4)
+    for rows in (session.difficulty(given), selected.kept, selected.dropped):
+        assert rows.schema.metadata == {b"made": b"by me"}
+        assert rows.schema.field("mine").equals(mine, check_metadata=True)
+        assert rows.schema.field("source").metadata == {b"from": b"me"}
+    assert session.emission(selected).rows.schema.metadata is None
+
+    frame = given.to_pandas().set_axis([7, 2, 5, 9, 0, 4])
+    for indexed in (frame, frame.reset_index(drop=True)):
+        scored = session.difficulty(pa.Table.from_pandas(indexed))
+        pd.testing.assert_index_equal(scored.to_pandas().index, indexed.index)
+        kept = session.selection(scored, score="ifd", rows=4).kept.to_pandas()
+        assert len(kept) == 4
+
+
+def test_datasets_keep_features_and_format(session: Any, rows_of: Any) -> None:
+    table = session.ingest({"apples": pa.Table.from_pylist(rows_of("apples", 0, 6))}).rows
+    features = {
+        "verdict": ClassLabel(names=["no", "yes"]),
+        "pixels": Array2D((2, 2), "float32"),
+        "said": {"lang": ClassLabel(names=["de", "en"])},
+    }
+    pixels = [[[n, 0], [0, n]] for n in range(6)]
+    given = Dataset(
+        table.append_column("verdict", pa.array([0, 1] * 3))
+        .append_column("pixels", pa.array(pixels))
+        .append_column("said", pa.array([{"lang": 1}] * 6)),
+        info=DatasetInfo(description="Mine.", license="cc0-1.0"),
+        split="train",
+    )
+    given = given.cast(Features(given.features | features)).select([4, 0, 3, 1, 5, 2])
+
+    def check(rows: Dataset) -> None:
+        assert {name: rows.features[name] for name in features} == features
+        assert (rows.info.description, rows.info.license, str(rows.split)) == (
+            "Mine.", "cc0-1.0", "train",
+        )  # fmt: skip
+        numbers = dict(zip(given["id"], given["pixels"], strict=True))
+        assert rows["pixels"][:] == [numbers[name] for name in rows["id"]]
+
+    scored = session.embedding(session.difficulty(given))
+    selected = session.selection(scored, score="ifd", rows=4)
+    for rows in (scored, selected.kept, selected.dropped):
+        check(rows)
+        assert rows._fingerprint != given._fingerprint
+        assert rows.format["type"] is None
+
+    shown = [name for name in given.column_names if name not in ("verdict", "said")]
+    arrays = given.with_format("numpy", columns=shown, dtype=np.float64)
+    scored = session.embedding(session.difficulty(arrays))
+    assert scored.format == arrays.format | {
+        "columns": [name for name in scored.column_names if name not in ("verdict", "said")]
+    }
+    assert scored[0]["embedding"].dtype == np.float64
+    check(session.selection(scored, score="ifd", rows=4).kept.with_format(None))
+    told = given.with_transform(lambda rows: {"seen": [name + "!" for name in rows["id"]]})
+    assert session.difficulty(told)[1] == {"seen": given["id"][1] + "!"}
+    assert session.emission(selected).rows.format["type"] is None
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -34,9 +34,12 @@ def arrow_table(rows: object, types: Mapping[str, pa.DataType]) -> pa.Table:
     if isinstance(rows, pa.Table):
         table = rows
     elif _is(rows, "pandas", "DataFrame"):
-        table = pa.Table.from_pandas(rows, preserve_index=False)
+        table = pa.Table.from_pandas(rows, preserve_index=False).replace_schema_metadata(None)
     elif _is_dataset(rows):
-        table = cast(Any, rows).with_format("arrow")[:]
+        data = cast(Any, rows)
+        # Arrow has no class labels, images or audio; the schema's metadata tells of them.
+        features = data.features.arrow_schema.metadata
+        table = data.with_format("arrow")[:].replace_schema_metadata(features)
     elif is_rows(rows):
         listed = cast("Sequence[Mapping[str, Any]]", rows)
         names = list(dict.fromkeys(name for row in listed for name in row) if listed else types)
@@ -49,12 +52,16 @@ def arrow_table(rows: object, types: Mapping[str, pa.DataType]) -> pa.Table:
     for place, name in enumerate(table.column_names):
         wanted = types.get(name)
         if wanted is not None and table[name].type != wanted:
-            table = table.set_column(place, name, _cast(name, table[name], wanted))
-    return table.replace_schema_metadata(None)
+            field = table.field(place).with_type(wanted)
+            table = table.set_column(place, field, _cast(name, table[name], wanted))
+    return table
 
 
 def same_rows(rows: Rows, table: pa.Table, keep: pa.ChunkedArray | None = None) -> Rows:
-    """The given rows with a table's columns: a pandas frame keeps its index.
+    """The given rows with a table's columns: what their kind says of rows and of columns stays.
+
+    That is the index of a pandas frame, and the format, split and description of a
+    `datasets.Dataset`; its features and an Arrow table's metadata are in the table's schema.
 
     Args:
         rows: of one of the four kinds.
@@ -65,6 +72,8 @@ def same_rows(rows: Rows, table: pa.Table, keep: pa.ChunkedArray | None = None) 
     if _is(rows, "pandas", "DataFrame"):
         index = cast(Any, rows).index
         made.index = index if keep is None else index[keep.to_numpy()]
+    elif _is_dataset(rows):
+        made = _like(cast(Any, rows), made)
     return cast(Rows, made)
 
 
@@ -86,10 +95,26 @@ def same_kind(rows: Rows, table: pa.Table) -> Rows:
             field.with_type(pa.string()) if pa.types.is_dictionary(field.type) else field
             for field in table.schema
         ]
-        made = Dataset(table.cast(pa.schema(fields)))
+        made = Dataset(table.cast(pa.schema(fields, table.schema.metadata)))
     elif not isinstance(rows, pa.Table):
         made = table.to_pylist()
     return cast(Rows, made)
+
+
+def _like(given: Any, made: Any) -> Any:
+    """A `datasets.Dataset` with what another says beside its rows; new columns are shown."""
+    from datasets import Dataset
+
+    about = given.info.copy()
+    about.features = made.features
+    form = given.format
+    hidden = set(given.column_names) - set(form["columns"])
+    return Dataset(made.data, info=about, split=given.split).with_format(
+        form["type"],
+        columns=[name for name in made.column_names if name not in hidden] if hidden else None,
+        output_all_columns=form["output_all_columns"],
+        **form["format_kwargs"],
+    )
 
 
 def _listed(name: str, rows: Sequence[Mapping[str, Any]], kind: pa.DataType | None) -> pa.Array:
