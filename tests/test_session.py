@@ -589,6 +589,66 @@ def test_mistakes_are_named_before_a_model_is_loaded(
     assert engines.opened == []
 
 
+ODD = {
+    "of two types": [1, "a", None],
+    "of too large a number": [2**70, 1, 2],
+    "of no text": ["\ud800", "b", "c"],
+    "of objects": [object(), None, None],
+}
+
+
+@pytest.mark.parametrize("values", ODD.values(), ids=ODD)
+def test_columns_that_arrow_has_no_type_for_are_named(
+    values: list[Any], session: Any, engines: CountedEngines, rows_of: Any
+) -> None:
+    rows = session.ingest({"apples": rows_of("apples", 0, 3)}).rows
+    listed = [row | {"mine": value} for row, value in zip(rows, values, strict=True)]
+    frame = pd.DataFrame(rows).assign(mine=pd.Series(values, dtype=object))
+    for call in (
+        lambda: session.difficulty(listed),
+        lambda: session.difficulty(frame),
+        lambda: session.selection(frame),
+        lambda: session.ingest({"pears": frame}),
+    ):
+        with pytest.raises(ConfigError, match=r"the column mine can't be read: .*; it needs"):
+            call()
+    with pytest.raises(ConfigError, match=r"source pears: .*the column mine"):
+        session.ingest({"pears": frame})
+    with pytest.raises(ConfigError, match="the column source can't be read"):
+        session.difficulty([row | {"source": 5} for row in rows])
+    assert engines.opened == []
+
+
+def test_columns_of_one_name_are_refused(session: Any, rows_of: Any) -> None:
+    table = session.ingest({"apples": pa.Table.from_pylist(rows_of("apples", 0, 3))}).rows
+    frame = table.to_pandas()
+    for rows in (
+        table.append_column("license", table["license"]),
+        pd.concat([frame, frame[["license"]]], axis=1),
+    ):
+        for call in (
+            session.difficulty,
+            session.selection,
+            lambda rows: session.ingest({"a": rows}),
+        ):
+            with pytest.raises(ConfigError, match="several columns license; rename"):
+                call(rows)
+
+
+def test_columns_of_frames_and_records_may_be_called_by_numbers(session: Any, rows_of: Any) -> None:
+    rows = session.ingest({"apples": rows_of("apples", 0, 3)}).rows
+    assert session.difficulty([row | {5: "five"} for row in rows])[0]["5"] == "five"
+    frame = pd.DataFrame(rows)
+    frame[5] = 1
+    assert session.difficulty(frame)["5"].tolist() == [1] * 3
+
+
+@pytest.mark.parametrize("rows", [0, -1])
+def test_steps_have_rows(rows: int) -> None:
+    with pytest.raises(ConfigError, match="rows_per_step must be at least 1"):
+        st.Session(rows_per_step=rows)
+
+
 def test_scores_that_need_no_model_ask_for_none(rows_of: Any) -> None:
     with st.Session(progress=False) as session:
         found = session.ingest({"a": rows_of("apples", 0, 5)}, {"t": rows_of("plums", 0, 2)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, cast
 
@@ -29,12 +30,16 @@ def arrow_table(rows: object, types: Mapping[str, pa.DataType]) -> pa.Table:
         types: Arrow types of columns by name; those of others are inferred.
 
     Raises:
-        ConfigError: they are of none of the kinds, or a column can't be of its type.
+        ConfigError: they are of none of the kinds, two columns have one name, or a column can't be
+            of its type or of any.
     """
     if isinstance(rows, pa.Table):
         table = rows
     elif _is(rows, "pandas", "DataFrame"):
-        table = pa.Table.from_pandas(rows, preserve_index=False).replace_schema_metadata(None)
+        frame = cast(Any, rows)
+        names = [str(name) for name in frame.columns]
+        columns = [_array(name, frame.iloc[:, at], None, True) for at, name in enumerate(names)]
+        table = pa.Table.from_arrays(columns, names)
     elif _is_dataset(rows):
         data = cast(Any, rows)
         # Arrow has no class labels, images or audio; the schema's metadata tells of them.
@@ -43,12 +48,15 @@ def arrow_table(rows: object, types: Mapping[str, pa.DataType]) -> pa.Table:
     elif is_rows(rows):
         listed = cast("Sequence[Mapping[str, Any]]", rows)
         names = list(dict.fromkeys(name for row in listed for name in row) if listed else types)
-        table = pa.table({name: _listed(name, listed, types.get(name)) for name in names})
+        table = pa.table({str(name): _listed(name, listed, types.get(name)) for name in names})
     else:
         raise ConfigError(
             f"rows are of type {type(rows).__name__}; give an Arrow table, a pandas frame, a list "
             "of dicts or a datasets.Dataset"
         )
+    twice = [name for name, times in Counter(table.column_names).items() if times > 1]
+    if twice:
+        raise ConfigError(f"there are several columns {twice[0]}; rename or leave out all but one")
     for place, name in enumerate(table.column_names):
         wanted = types.get(name)
         if wanted is not None and table[name].type != wanted:
@@ -120,11 +128,19 @@ def _like(given: Any, made: Any) -> Any:
 def _listed(name: str, rows: Sequence[Mapping[str, Any]], kind: pa.DataType | None) -> pa.Array:
     values = [row.get(name) for row in rows]
     if kind is not None and pa.types.is_dictionary(kind):
-        return pa.array(values, kind.value_type).dictionary_encode()
+        return _array(name, values, kind.value_type).dictionary_encode()
+    return _array(name, values, kind)
+
+
+def _array(name: str, values: Any, kind: pa.DataType | None, from_pandas: bool = False) -> Any:
     try:
-        return pa.array(values, kind)
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise ConfigError(f"the column {name} can't be read: {error}") from error
+        return pa.array(values, kind, from_pandas=from_pandas)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(
+            f"the column {name} can't be read: {error}; it needs values of one type that Arrow has "
+            "(no integers of more than 64 bits, no lone surrogates): mend it, or leave it out. In "
+            "a list of dicts, ingest takes or rejects such records one by one"
+        ) from error
 
 
 def _cast(name: str, column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:

@@ -52,7 +52,13 @@ class Runner:
     """Runs stages one after another in this process, on rows in memory."""
 
     def __init__(self, seed: int, rows_per_step: int, progress: bool, make: MakeEngine) -> None:
-        """Open nothing yet."""
+        """Open nothing yet.
+
+        Raises:
+            ConfigError: a step has no rows.
+        """
+        if rows_per_step < 1:
+            raise ConfigError(f"rows_per_step must be at least 1, not {rows_per_step}")
         self.seed = seed
         self._step, self._progress = rows_per_step, progress
         folder = tempfile.TemporaryDirectory(prefix="tamis-")

@@ -112,7 +112,7 @@ class Session(Runner):
             make: makes an engine of a kind for a model.
 
         Raises:
-            ConfigError: a model's fields are wrong.
+            ConfigError: a model's fields are wrong, or a step has no rows.
         """
         self._models = {n: model_settings(n, value) for n, value in (models or {}).items()}
         super().__init__(seed, rows_per_step, progress, make)

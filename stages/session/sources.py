@@ -43,20 +43,12 @@ def source_file(name: str, data: Any, folder: Store) -> str:
     try:
         if isinstance(data, list | tuple):
             file += ".jsonl"
-            folder.write_bytes(file, b"".join(_json_lines(name, data)))
+            folder.write_bytes(file, b"".join(_json_lines(data)))
         else:
             file += ".parquet"
             folder.write_table(file, arrow_table(data, {}))
-    except UnicodeEncodeError as error:
-        raise ConfigError(
-            f"source {name}: a text holds a lone surrogate, which no Arrow column can "
-            f"({error}); give the rows as a list of dicts (frame.to_dict('records')) to have "
-            "it rejected"
-        ) from error
-    except pa.ArrowNotImplementedError as error:
-        raise ConfigError(f"source {name}: the rows can't be written as Parquet: {error}") from (
-            error
-        )
+    except (ConfigError, pa.ArrowNotImplementedError) as error:
+        raise ConfigError(f"source {name}: {error}") from error
     return f"{folder.url}/{file}"
 
 
@@ -68,14 +60,12 @@ def facts_of(source: Source) -> dict[str, Any]:
     return source.model_dump(mode="json") | {"path": paths}
 
 
-def _json_lines(name: str, records: Sequence[Any]) -> Iterator[bytes]:
+def _json_lines(records: Sequence[Any]) -> Iterator[bytes]:
     for number, record in enumerate(records):
         try:
             yield _json_line(record)
         except (pa.ArrowException, TypeError, ValueError, RecursionError) as error:
-            raise ConfigError(
-                f"source {name}: record {number} can't be written as JSON: {error}"
-            ) from error
+            raise ConfigError(f"record {number} can't be written as JSON: {error}") from error
 
 
 def _json_line(record: Any) -> bytes:
