@@ -641,6 +641,8 @@ def test_columns_of_frames_and_records_may_be_called_by_numbers(session: Any, ro
     frame = pd.DataFrame(rows)
     frame[5] = 1
     assert session.difficulty(frame)["5"].tolist() == [1] * 3
+    with pytest.raises(ConfigError, match="several columns 5; rename"):
+        session.difficulty([row | {5: "five", "5": "six"} for row in rows])
 
 
 @pytest.mark.parametrize("rows", [0, -1])

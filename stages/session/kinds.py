@@ -48,7 +48,8 @@ def arrow_table(rows: object, types: Mapping[str, pa.DataType]) -> pa.Table:
     elif is_rows(rows):
         listed = cast("Sequence[Mapping[str, Any]]", rows)
         names = list(dict.fromkeys(name for row in listed for name in row) if listed else types)
-        table = pa.table({str(name): _listed(name, listed, types.get(name)) for name in names})
+        columns = [_listed(name, listed, types.get(name)) for name in names]
+        table = pa.Table.from_arrays(columns, [str(name) for name in names])
     else:
         raise ConfigError(
             f"rows are of type {type(rows).__name__}; give an Arrow table, a pandas frame, a list "
