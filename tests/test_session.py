@@ -269,6 +269,50 @@ def test_what_was_dropped_can_be_selected_from_again(kind: str, session: Any, ro
     assert len(second.kept) + len(dropped) == 5
 
 
+OWN = pa.table(
+    {
+        "count": pa.array([3, None, 1, 2, None, 0, 5, 4, 6], pa.int16()),
+        "weight": [0.5, None, -1.5, 2.0, 0.0, 1.0, None, 4.0, 8.0],
+        "note": ["a", None, "", "ü", "e", "f", None, "h", "i"],
+        "good": [True, False, None, True, False, True, False, True, None],
+        "seen": [datetime(2020, 1, n) if n % 3 else None for n in range(1, 10)],
+        "raw": [b"\xff", None, b"", b"d", b"e", b"f", b"g", b"h", b"i"],
+        "tags": [["x"], [], None, ["y", "z"], ["x"], [], ["x"], ["x"], ["x"]],
+        "about": [{"n": n, "at": None if n % 2 else "home"} for n in range(9)],
+    }
+)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "records of a frame"])
+def test_columns_of_ones_own_pass_through(kind: str, session: Any, rows_of: Any) -> None:
+    table = session.ingest({"apples": pa.Table.from_pylist(rows_of("apples", 0, 9))}).rows
+    table = table.drop_columns(["license"])
+    for field, column in zip(OWN.schema, OWN.columns, strict=True):
+        table = table.append_column(field, column)
+    if kind == "records of a frame":
+        given = table.to_pandas().to_dict("records")
+    else:
+        given = KINDS[kind](table)
+    own = dict(
+        zip(table["id"].to_pylist(), table.select(OWN.column_names).to_pylist(), strict=True)
+    )
+
+    scored = session.embedding(session.difficulty(given, limit=7))
+    selected = session.selection(scored, score="ifd", rows=4)
+    emitted = session.emission(selected).rows
+    for rows, number in ((scored, 9), (selected.kept, 4), (selected.dropped, 5)):
+        assert type(rows) is type(given)
+        made = session._table(rows)
+        assert made.column_names[: len(table.column_names)] == table.column_names
+        ids = made["id"].to_pylist()
+        assert len(ids) == number
+        assert made.select(OWN.column_names).to_pylist() == [own[name] for name in ids]
+    assert type(emitted) is type(given)
+    assert {row["id"] for row in session._table(emitted).to_pylist()} == {
+        row["id"] for row in session._table(selected.kept).to_pylist()
+    }
+
+
 def test_metadata_of_arrow_tables_stays(session: Any, rows_of: Any) -> None:
     table = session.ingest({"apples": pa.Table.from_pylist(rows_of("apples", 0, 6))}).rows
     text = table.schema.get_field_index("source")

@@ -38,7 +38,7 @@ def arrow_table(rows: object, types: Mapping[str, pa.DataType]) -> pa.Table:
     elif _is(rows, "pandas", "DataFrame"):
         frame = cast(Any, rows)
         names = [str(name) for name in frame.columns]
-        columns = [_array(name, frame.iloc[:, at], None, True) for at, name in enumerate(names)]
+        columns = [_array(name, frame.iloc[:, at]) for at, name in enumerate(names)]
         table = pa.Table.from_arrays(columns, names)
     elif _is_dataset(rows):
         data = cast(Any, rows)
@@ -133,9 +133,10 @@ def _listed(name: str, rows: Sequence[Mapping[str, Any]], kind: pa.DataType | No
     return _array(name, values, kind)
 
 
-def _array(name: str, values: Any, kind: pa.DataType | None, from_pandas: bool = False) -> Any:
+def _array(name: str, values: Any, kind: pa.DataType | None = None) -> Any:
+    """A column; NaN, by which pandas means a missing value, is null."""
     try:
-        return pa.array(values, kind, from_pandas=from_pandas)
+        return pa.array(values, kind, from_pandas=True)
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(
             f"the column {name} can't be read: {error}; it needs values of one type that Arrow has "
