@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from pathlib import Path
 
 import nbformat
@@ -32,6 +34,18 @@ def test_every_cell_of_the_notebook_runs(monkeypatch: pytest.MonkeyPatch) -> Non
     ]
     texts = [str(output.get("text", output.get("data"))) for output in shown]
     assert any("rows, " in text and "rejected" in text for text in texts)
+    # Bars of text; where ipywidgets is installed, widgets whose text is the bar at its start.
+    bars = "".join(
+        output.get("text") or output["data"].get("text/plain", "")
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+        if output.output_type in ("stream", "display_data")
+    )
+    for stage in ("difficulty", "dictionary", "features", "embedding", "selection", "emission"):
+        assert re.search(rf"{stage}: .*\d.* rows", bars), stage
+    widgets = json.dumps(notebook.metadata.get("widgets"), ensure_ascii=False)
+    assert re.search(r"difficulty:\s*100%", bars + widgets)
     # Each source's weight is in the table of the mixture.
     assert any(
         all(name in text for name in ("weight", "arithmetic", "facts", "python")) for text in texts

@@ -8,6 +8,8 @@ import inspect
 import json
 import weakref
 from collections import Counter
+from datetime import UTC, date, datetime, time, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import STUDENT
-from datasets import Dataset
+from datasets import Array2D, ClassLabel, Dataset, DatasetInfo, Features
 from engine_fakes import CountedEngines, FakeReader
 from pydantic import BaseModel
 
@@ -196,7 +198,7 @@ KINDS = {
     "arrow": lambda table: table,
     "pandas": lambda table: table.to_pandas(),
     "list": lambda table: table.to_pylist(),
-    "datasets": lambda table: Dataset.from_list(table.to_pylist()),
+    "datasets": lambda table: Dataset(table),
 }
 
 
@@ -255,6 +257,167 @@ def test_columns_of_every_stage_pass_through_every_kind(
         assert listed(mine) == arrow.to_pylist()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_dropped_can_be_selected_from_again(kind: str, session: Any, rows_of: Any) -> None:
+    table = session.ingest({"apples": pa.Table.from_pylist(rows_of("apples", 0, 9))}).rows
+    rows = session.difficulty(KINDS[kind](table))
+    first = session.selection(rows, score="ifd", rows=4)
+    second = session.selection(first.dropped, filters=[{"rule": "record > 3", "reason": "early"}])
+    dropped = session._table(second.dropped)
+    assert dropped.column_names == session._table(first.dropped).column_names
+    assert dropped["reason"].to_pylist() == ["filter: early"] * len(dropped)
+    assert len(second.kept) + len(dropped) == 5
+
+
+OWN = pa.table(
+    {
+        "count": pa.array([3, None, 1, 2, None, 0, 5, 4, 6], pa.int16()),
+        "weight": [0.5, None, -1.5, 2.0, 0.0, 1.0, None, 4.0, 8.0],
+        "note": ["a", None, "", "ü", "e", "f", None, "h", "i"],
+        "good": [True, False, None, True, False, True, False, True, None],
+        "seen": [datetime(2020, 1, n) if n % 3 else None for n in range(1, 10)],
+        "raw": [b"\xff", None, b"", b"d", b"e", b"f", b"g", b"h", b"i"],
+        "tags": [["x"], [], None, ["y", "z"], ["x"], [], ["x"], ["x"], ["x"]],
+        "about": [{"n": n, "at": None if n % 2 else "home"} for n in range(9)],
+    }
+)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "records of a frame"])
+def test_columns_of_ones_own_pass_through(kind: str, session: Any, rows_of: Any) -> None:
+    table = session.ingest({"apples": pa.Table.from_pylist(rows_of("apples", 0, 9))}).rows
+    table = table.drop_columns(["license"])
+    for field, column in zip(OWN.schema, OWN.columns, strict=True):
+        table = table.append_column(field, column)
+    if kind == "records of a frame":
+        given = table.to_pandas().to_dict("records")
+    else:
+        given = KINDS[kind](table)
+    own = dict(
+        zip(table["id"].to_pylist(), table.select(OWN.column_names).to_pylist(), strict=True)
+    )
+
+    scored = session.embedding(session.difficulty(given, limit=7))
+    selected = session.selection(scored, score="ifd", rows=4)
+    emitted = session.emission(selected).rows
+    for rows, number in ((scored, 9), (selected.kept, 4), (selected.dropped, 5)):
+        assert type(rows) is type(given)
+        made = session._table(rows)
+        assert made.column_names[: len(table.column_names)] == table.column_names
+        ids = made["id"].to_pylist()
+        assert len(ids) == number
+        assert made.select(OWN.column_names).to_pylist() == [own[name] for name in ids]
+    assert type(emitted) is type(given)
+    assert {row["id"] for row in session._table(emitted).to_pylist()} == {
+        row["id"] for row in session._table(selected.kept).to_pylist()
+    }
+
+
+def test_metadata_of_arrow_tables_stays(session: Any, rows_of: Any) -> None:
+    table = session.ingest({"apples": pa.Table.from_pylist(rows_of("apples", 0, 6))}).rows
+    text = table.schema.get_field_index("source")
+    mine = pa.field("mine", pa.int8(), nullable=False, metadata={"unit": "apples"})
+    given = (
+        table.set_column(text, pa.field("source", pa.string(), metadata={"from": "me"}),
+                         table["source"].cast(pa.string()))
+        .append_column(mine, pa.array(range(6), pa.int8()))
+        .replace_schema_metadata({"made": "by me"})
+    )  # fmt: skip
+    selected = session.selection(session.difficulty(given), score="ifd", rows=4)
+    for rows in (session.difficulty(given), selected.kept, selected.dropped):
+        assert rows.schema.metadata == {b"made": b"by me"}
+        assert rows.schema.field("mine").equals(mine, check_metadata=True)
+        assert rows.schema.field("source").metadata == {b"from": b"me"}
+    assert session.emission(selected).rows.schema.metadata is None
+
+    frame = given.to_pandas().set_axis([7, 2, 5, 9, 0, 4])
+    for indexed in (frame, frame.reset_index(drop=True)):
+        scored = session.difficulty(pa.Table.from_pandas(indexed))
+        pd.testing.assert_index_equal(scored.to_pandas().index, indexed.index)
+        kept = session.selection(scored, score="ifd", rows=4).kept.to_pandas()
+        assert len(kept) == 4
+
+
+def test_datasets_keep_features_and_format(session: Any, rows_of: Any) -> None:
+    table = session.ingest({"apples": pa.Table.from_pylist(rows_of("apples", 0, 6))}).rows
+    features = {
+        "verdict": ClassLabel(names=["no", "yes"]),
+        "pixels": Array2D((2, 2), "float32"),
+        "said": {"lang": ClassLabel(names=["de", "en"])},
+    }
+    pixels = [[[n, 0], [0, n]] for n in range(6)]
+    given = Dataset(
+        table.append_column("verdict", pa.array([0, 1] * 3))
+        .append_column("pixels", pa.array(pixels))
+        .append_column("said", pa.array([{"lang": 1}] * 6)),
+        info=DatasetInfo(description="Mine.", license="cc0-1.0"),
+        split="train",
+    )
+    given = given.cast(Features(given.features | features)).select([4, 0, 3, 1, 5, 2])
+
+    def check(rows: Dataset) -> None:
+        assert {name: rows.features[name] for name in features} == features
+        assert (rows.info.description, rows.info.license, str(rows.split)) == (
+            "Mine.", "cc0-1.0", "train",
+        )  # fmt: skip
+        numbers = dict(zip(given["id"], given["pixels"], strict=True))
+        assert rows["pixels"][:] == [numbers[name] for name in rows["id"]]
+
+    scored = session.embedding(session.difficulty(given))
+    selected = session.selection(scored, score="ifd", rows=4)
+    for rows in (scored, selected.kept, selected.dropped):
+        check(rows)
+        assert rows._fingerprint != given._fingerprint
+        assert rows.format["type"] is None
+
+    shown = [name for name in given.column_names if name not in ("verdict", "said")]
+    arrays = given.with_format("numpy", columns=shown, dtype=np.float64)
+    scored = session.embedding(session.difficulty(arrays))
+    assert scored.format == arrays.format | {
+        "columns": [name for name in scored.column_names if name not in ("verdict", "said")]
+    }
+    assert scored[0]["embedding"].dtype == np.float64
+    check(session.selection(scored, score="ifd", rows=4).kept.with_format(None))
+    told = given.with_transform(lambda rows: {"seen": [name + "!" for name in rows["id"]]})
+    assert session.difficulty(told)[1] == {"seen": given["id"][1] + "!"}
+    assert session.emission(selected).rows.format["type"] is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_rows_pass_through_every_stage(
+    kind: str, session: Any, rows_of: Any, with_concepts: None
+) -> None:
+    found = session.ingest(
+        {"apples": pa.Table.from_pylist(rows_of("apples", 0, 9))},
+        {"plums": pa.Table.from_pylist(rows_of("plums", 0, 4))},
+    )
+    dictionary = session.dictionary(found.rows, layer=2, expansion=2, k=4, steps=6, batch=32)
+    prototypes = session.prototypes(found.rows, found.targets, dictionary)
+    targets = session.embedding(found.targets)
+    asked = {"max_new_tokens": 8, "temperature": 1.0}
+    for none in (KINDS[kind](found.rows.slice(0, 0)), KINDS[kind](found.targets.slice(0, 0))):
+        rows = session.difficulty(none, where="source == 'apples'")
+        rows = session.pass_rate(rows, model="student", rollouts=2, **asked)
+        rows = session.reflection(rows, reply="whole", max_new_tokens=8)
+        rows = session.concepts(session.features(rows, prototypes), dictionary)
+        rows = session.embedding(rows)
+        rows = session.baselines(rows, targets, scores=["bm25", "embedding"])
+        assert type(rows) is type(none)
+        assert len(rows) == 0
+        with pytest.raises(StageError, match="no sampled row has an embedding"):
+            session.valuation(rows, targets)
+        with pytest.raises(StageError, match="left no row of 0"):
+            session.selection(rows, score="ifd", share=0.5)
+
+
+def test_no_targets_are_a_list_without_rows(session: Any, rows_of: Any) -> None:
+    found = session.ingest({"apples": rows_of("apples", 0, 6)})
+    assert session.embedding(found.targets) == []
+    selected = session.selection(session.embedding(found.rows), found.targets)
+    assert selected.dropped == session.embedding(selected.dropped) == []
+    assert len(session.emission(selected, found.targets).rows) == 6
+
+
 def test_records_of_every_kind_are_ingested_alike(session: Any, rows_of: Any) -> None:
     table = pa.Table.from_pylist(rows_of("apples", 0, 10))
     ids = [
@@ -266,6 +429,78 @@ def test_records_of_every_kind_are_ingested_alike(session: Any, rows_of: Any) ->
     ]  # fmt: skip
     assert ids[0] == ids[1] == ids[2] == ids[3]
     assert len(set(ids[0])) == 10
+
+
+def rows_and_rejects(session: Any, data: Any) -> tuple[list[Any], list[Any]]:
+    """Rows without their file's name, and rejects by record and code."""
+    where = "path" if isinstance(data, str) else "data"
+    found = session.ingest({"apples": {where: data}}, max_reject_rate=1)
+    rejects = pa.Table.to_pylist(session._table(found.rejects))
+    return (
+        session._table(found.rows).drop_columns("file").to_pylist(),
+        [(reject["record"], reject["reason"].partition(":")[0]) for reject in rejects],
+    )
+
+
+VALUES = {
+    "times": [datetime(2020, 1, 1, 12), None, datetime(2021, 2, 3, 4, 5, 6, 789)],
+    "zoned": [datetime(2020, 1, 1, tzinfo=UTC), None, datetime(2021, 1, 1, tzinfo=UTC)],
+    "days": [date(2020, 1, 1), None, date(2021, 2, 3)],
+    "hours": [time(1, 2), None, time(3, 4, 5, 6)],
+    "durations": [timedelta(days=1, seconds=2), None, timedelta(0)],
+    "bytes": [b"x\xff", None, b""],
+    "decimals": [Decimal("1.10"), None, Decimal("-2.00")],
+    "floats": [0.1, float("nan"), None],
+    "infinite": [1.0, float("inf"), float("-inf")],
+    "lists": [[0.5, float("nan")], None, []],
+    "structs": [{"n": 0.5, "at": datetime(2020, 1, 1)}, None, {"n": 1.5, "at": None}],
+    "answer": ["", "Two.", "Three."],
+}
+
+
+@pytest.mark.parametrize("column", VALUES)
+def test_rows_in_memory_are_read_as_their_file_is(
+    column: str, session: Any, rows_of: Any, tmp_path: Path
+) -> None:
+    records = [
+        row | {column: value}
+        for row, value in zip(rows_of("apples", 0, 3), VALUES[column], strict=True)
+    ]
+    table = pa.Table.from_pylist(records)
+    pq.write_table(table, tmp_path / "rows.parquet")
+    expected = rows_and_rejects(session, str(tmp_path / "rows.parquet"))
+    assert len(expected[0]) + len(expected[1]) == 3
+    frame = table.to_pandas()
+    for data in (
+        table, frame, table.to_pandas(types_mapper=pd.ArrowDtype), Dataset(table),
+        records, frame.to_dict("records"),
+    ):  # fmt: skip
+        assert rows_and_rejects(session, data) == expected, type(data)
+
+
+def test_records_are_read_as_lines_of_json_are(session: Any, rows_of: Any, tmp_path: Path) -> None:
+    more = (7, "seven", None, [1, "a", {"b": None}], 2**70, True, "Äpfel")
+    records = [
+        row | {"more": value} for row, value in zip(rows_of("apples", 0, 7), more, strict=True)
+    ] + [{"question": 5, "answer": "x"}, {"answer": "y"}, "no record"]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    expected = rows_and_rejects(session, str(file))
+    assert [len(part) for part in expected] == [7, 3]
+    assert rows_and_rejects(session, records) == expected
+
+
+def test_scalars_of_numpy_and_pandas_are_values(session: Any, rows_of: Any) -> None:
+    values = {
+        "i": np.int64(3), "b": np.bool_(True), "f": np.float32(0.5), "nan": np.float32("nan"),
+        "t": pd.Timestamp("2020-01-01 12:00"), "nat": pd.NaT, "na": pd.NA,
+        "a": np.array([[1, 2], [3, 4]]), "d": np.datetime64("2020-01-01"), "tuple": (1, np.int8(2)),
+    }  # fmt: skip
+    [row] = session.ingest({"apples": [rows_of("apples", 0, 1)[0] | values]}).rows
+    assert json.loads(row["extra"]) == {
+        "i": 3, "b": True, "f": 0.5, "nan": None, "t": "2020-01-01T12:00:00", "nat": None,
+        "na": None, "a": [[1, 2], [3, 4]], "d": "2020-01-01", "tuple": [1, 2],
+    }  # fmt: skip
 
 
 def test_every_record_is_a_row_or_a_reject(session: Any, rows_of: Any) -> None:
@@ -398,6 +633,68 @@ def test_mistakes_are_named_before_a_model_is_loaded(
     assert engines.opened == []
 
 
+ODD = {
+    "of two types": [1, "a", None],
+    "of too large a number": [2**70, 1, 2],
+    "of no text": ["\ud800", "b", "c"],
+    "of objects": [object(), None, None],
+}
+
+
+@pytest.mark.parametrize("values", ODD.values(), ids=ODD)
+def test_columns_that_arrow_has_no_type_for_are_named(
+    values: list[Any], session: Any, engines: CountedEngines, rows_of: Any
+) -> None:
+    rows = session.ingest({"apples": rows_of("apples", 0, 3)}).rows
+    listed = [row | {"mine": value} for row, value in zip(rows, values, strict=True)]
+    frame = pd.DataFrame(rows).assign(mine=pd.Series(values, dtype=object))
+    for call in (
+        lambda: session.difficulty(listed),
+        lambda: session.difficulty(frame),
+        lambda: session.selection(frame),
+        lambda: session.ingest({"pears": frame}),
+    ):
+        with pytest.raises(ConfigError, match=r"the column mine can't be read: .*; it needs"):
+            call()
+    with pytest.raises(ConfigError, match=r"source pears: .*the column mine"):
+        session.ingest({"pears": frame})
+    with pytest.raises(ConfigError, match="the column source can't be read"):
+        session.difficulty([row | {"source": 5} for row in rows])
+    assert engines.opened == []
+
+
+def test_columns_of_one_name_are_refused(session: Any, rows_of: Any) -> None:
+    table = session.ingest({"apples": pa.Table.from_pylist(rows_of("apples", 0, 3))}).rows
+    frame = table.to_pandas()
+    for rows in (
+        table.append_column("license", table["license"]),
+        pd.concat([frame, frame[["license"]]], axis=1),
+    ):
+        for call in (
+            session.difficulty,
+            session.selection,
+            lambda rows: session.ingest({"a": rows}),
+        ):
+            with pytest.raises(ConfigError, match="several columns license; rename"):
+                call(rows)
+
+
+def test_columns_of_frames_and_records_may_be_called_by_numbers(session: Any, rows_of: Any) -> None:
+    rows = session.ingest({"apples": rows_of("apples", 0, 3)}).rows
+    assert session.difficulty([row | {5: "five"} for row in rows])[0]["5"] == "five"
+    frame = pd.DataFrame(rows)
+    frame[5] = 1
+    assert session.difficulty(frame)["5"].tolist() == [1] * 3
+    with pytest.raises(ConfigError, match="several columns 5; rename"):
+        session.difficulty([row | {5: "five", "5": "six"} for row in rows])
+
+
+@pytest.mark.parametrize("rows", [0, -1])
+def test_steps_have_rows(rows: int) -> None:
+    with pytest.raises(ConfigError, match="rows_per_step must be at least 1"):
+        st.Session(rows_per_step=rows)
+
+
 def test_scores_that_need_no_model_ask_for_none(rows_of: Any) -> None:
     with st.Session(progress=False) as session:
         found = session.ingest({"a": rows_of("apples", 0, 5)}, {"t": rows_of("plums", 0, 2)})
@@ -471,6 +768,35 @@ def test_frames_keep_nulls_lists_and_numbers(session: Any, rows_of: Any) -> None
     assert str(frame["response_tokens"].dtype) == "int32[pyarrow]"
     assert frame["messages"][0][-1]["role"] == "assistant"
     assert session.embedding(frame).shape == (6, frame.shape[1] + 3)
+
+
+INDICES = {
+    "shuffled": pd.Index([7, 2, 5, 9, 0, 4]),
+    "named, with one label twice": pd.Index([*"abcdda"], name="key"),
+    "times": pd.date_range("2020-01-01", periods=6, freq="D", name="day"),
+    "two levels": pd.MultiIndex.from_product([["x", "y"], [3, 1, 2]], names=["part", None]),
+    "called as a column": pd.Index([*"uvwxyz"], name="source"),
+}
+
+
+@pytest.mark.parametrize("index", INDICES.values(), ids=INDICES)
+def test_frames_keep_their_index(index: pd.Index, session: Any, rows_of: Any) -> None:
+    rows = session.ingest({"apples": rows_of("apples", 0, 6)}).rows
+    frame = pd.DataFrame(rows, index=index)
+    expected = {row["id"]: row["ifd"] for row in session.difficulty(rows)}
+
+    scored = session.difficulty(frame)
+    pd.testing.assert_index_equal(scored.index, index)
+    for pool in (scored, scored.iloc[[4, 1, 3]]):
+        selected = session.selection(pool, score="ifd", rows=2)
+        for part, rows_of_part in ((selected.kept, 2), (selected.dropped, len(pool) - 2)):
+            assert len(part) == rows_of_part
+            pd.testing.assert_index_equal(part.index, pool.index[pool["id"].isin(part["id"])])
+    if index.is_unique:
+        frame["ifd"] = scored["ifd"]
+        assert dict(zip(frame["id"], frame["ifd"], strict=True)) == expected
+    emitted = session.emission(selected).rows
+    pd.testing.assert_index_equal(emitted.index, pd.RangeIndex(2))
 
 
 def test_second_ingest_forgets_neither_anchors_nor_what_must_stay_unseen(

@@ -24,6 +24,14 @@ def view_of(table: pa.Table, names: Sequence[str]) -> pa.Table:
     return pa.table(columns)
 
 
+def with_columns_of(table: pa.Table, added: pa.Table) -> pa.Table:
+    """A table with another's columns at its end; its own of the same names are left out."""
+    made = table.drop_columns([name for name in added.column_names if name in table.column_names])
+    for field in added.schema:
+        made = made.append_column(field, added[field.name])
+    return made
+
+
 @dataclass(frozen=True)
 class MemoryColumns:
     """A table in shards of a number of rows; an empty one is one shard without rows.

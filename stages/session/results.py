@@ -64,7 +64,8 @@ class Selected(Generic[Rows]):
 
     Attributes:
         kept: in the order given.
-        dropped: the others (rows of anchors among them), with a column `reason`.
+        dropped: the others (rows of anchors among them), with a column `reason`, which takes the
+            place of one that they had.
         decisions: id, source, keep, reason, score and tokens of every row, in the order given.
         report: rows by reason, in all and by source.
         table: all rows.

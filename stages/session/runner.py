@@ -29,8 +29,8 @@ from stages.requests import lowest_keys, not_requested_columns, requested_rows
 from stages.rows import ROWS, TARGETS
 from stages.rules import rule_columns, rule_mask
 from stages.session.background import BackgroundLoop
-from stages.session.kinds import Rows, arrow_table, same_kind
-from stages.session.memory import MemoryColumns, view_of
+from stages.session.kinds import Rows, arrow_table, same_rows
+from stages.session.memory import MemoryColumns, view_of, with_columns_of
 from stages.session.models import MakeEngine, OpenModels
 from stages.session.results import Fitted
 from stages.storage import Store
@@ -52,7 +52,13 @@ class Runner:
     """Runs stages one after another in this process, on rows in memory."""
 
     def __init__(self, seed: int, rows_per_step: int, progress: bool, make: MakeEngine) -> None:
-        """Open nothing yet."""
+        """Open nothing yet.
+
+        Raises:
+            ConfigError: a step has no rows.
+        """
+        if rows_per_step < 1:
+            raise ConfigError(f"rows_per_step must be at least 1, not {rows_per_step}")
         self.seed = seed
         self._step, self._progress = rows_per_step, progress
         folder = tempfile.TemporaryDirectory(prefix="tamis-")
@@ -120,9 +126,6 @@ class Runner:
         places = pc.sort_indices(pc.invert(asked).cast(pa.int8()))
         made = pa.concat_tables(pieces).unify_dictionaries().take(pc.sort_indices(places))
         self._types |= dict(zip(adds.names, adds.types, strict=True))
-        kept = table.drop_columns([name for name in adds.names if name in table.column_names])
-        for field in adds:
-            kept = kept.append_column(field, made[field.name])
         if "task" not in table.column_names:
             statuses = made[f"{stage.name}_status"].to_pylist()
             self._record(
@@ -133,7 +136,7 @@ class Runner:
                 rows_computed=chosen.num_rows,
                 seconds=time.monotonic() - started,
             )
-        return same_kind(rows, kept)
+        return same_rows(rows, with_columns_of(table, made.select(adds.names)))
 
     def fitted(
         self,

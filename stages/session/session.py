@@ -59,11 +59,12 @@ from stages.selection.activation_coverage import ACTIVE
 from stages.selection.settings import RESPONSE_REWRITTEN, SelectionSettings
 from stages.selection.stage import SelectionStage
 from stages.session.keywords import takes
-from stages.session.kinds import Rows, same_kind
+from stages.session.kinds import Rows, same_kind, same_rows
+from stages.session.memory import with_columns_of
 from stages.session.models import MakeEngine, ModelLike, model_settings
 from stages.session.results import Emitted, Fitted, Ingested, Mixed, Selected
 from stages.session.runner import Runner, check_columns
-from stages.session.sources import facts_of, in_memory, json_lines
+from stages.session.sources import facts_of, in_memory, source_file
 from stages.sources.settings import Source, Target
 from stages.storage import Store
 from stages.thinking.settings import ThinkingSettings
@@ -111,7 +112,7 @@ class Session(Runner):
             make: makes an engine of a kind for a model.
 
         Raises:
-            ConfigError: a model's fields are wrong.
+            ConfigError: a model's fields are wrong, or a step has no rows.
         """
         self._models = {n: model_settings(n, value) for n, value in (models or {}).items()}
         super().__init__(seed, rows_per_step, progress, make)
@@ -438,10 +439,11 @@ class Session(Runner):
         tables, report, _ = self._decided(stage, table, goals)
         decisions = tables["decisions.parquet"]
         keep = decisions["keep"]
-        dropped = table.append_column("reason", decisions["reason"]).filter(pc.invert(keep))
+        drop = pc.invert(keep)
+        dropped = with_columns_of(table, decisions.select(["reason"])).filter(drop)
         return Selected(
-            kept=same_kind(pool, table.filter(keep)),
-            dropped=same_kind(pool, dropped),
+            kept=same_rows(pool, table.filter(keep), keep),
+            dropped=same_rows(pool, dropped, drop),
             decisions=decisions,
             report=report,
             table=table,
@@ -613,13 +615,7 @@ class Session(Runner):
         data = in_memory(value)
         if data is not None:
             fields.pop("data", None)
-            lines = json_lines(name, data)
-            folder = self._folder("sources")
-            # Called otherwise than its source, so that it is never taken for a file of the
-            # catalogue.
-            file = f"{name}-in-memory.jsonl"
-            folder.write_bytes(file, lines)
-            fields["path"] = f"{folder.url}/{file}"
+            fields["path"] = source_file(name, data, self._folder("sources"))
         return _valid(kind, {"name": name, **fields}, f"source {name}")
 
     def _keep_unseen(self, settings: ContaminationSettings, rows: Store) -> None:
