@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, Field, JsonValue, model_validator
 
+from pipeline.budget import Budgets
 from pipeline.recipe_file import read_recipe
 from stages.allocation.settings import AllocationSettings, RolloutsSettings
 from stages.base import Settings
@@ -86,6 +87,9 @@ class Execution(Settings):
         default_factory=dict, description="Placement of the recipe's models, by name."
     )
     shards_in_flight: int = Field(default=4, ge=1, description="Shards processed at once.")
+    budgets: Budgets = Field(
+        default=Budgets(), description="What the run may spend before it stops."
+    )
     place_timeout_s: float = Field(
         default=120, gt=0, description="How long to wait for a cluster to place an engine."
     )
@@ -241,6 +245,18 @@ class Config(Recipe):
     execution: Execution
 
     @model_validator(mode="after")
+    def _costs_are_known(self) -> Self:
+        if self.execution.budgets.max_cost is None:
+            return self
+        for name, model in self.models.items():
+            if model.endpoint is not None and model.endpoint.cost(0, 0) is None:
+                raise ValueError(
+                    f"execution.budgets.max_cost needs models.{name}.endpoint.price_in and "
+                    "price_out, which say what its tokens cost"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _placed_engines_exist(self) -> Self:
         unknown = sorted(set(self.execution.engines) - set(self.models))
         if unknown:
@@ -271,6 +287,8 @@ class Config(Recipe):
         recipe["models"] = {name: model.portable() for name, model in self.models.items()}
         if self.reflection and self.reflection.prompts:
             recipe["reflection"]["prompts"] = os.path.basename(self.reflection.prompts)
+        if self.selection and self.selection.overrides:
+            recipe["selection"]["overrides"] = os.path.basename(self.selection.overrides)
         brought = recipe["dictionary"]
         if brought and brought["path"] and "://" not in brought["path"]:
             brought["path"] = os.path.basename(brought["path"].rstrip("/"))

@@ -149,9 +149,11 @@ def flow_of(config: Config) -> Flow:
         rows["reasoning"] = ReasoningStage(config.reasoning, models, config.seed)
     if config.reflection and config.reflection.reply == "auto":
         fits["replies"] = RepliesStage(config.reflection, models, config.seed)
+    # What is never emitted needs no new text, and stays as it is trained on.
+    anchors = frozenset(source.name for source in config.sources if source.role == "anchor")
     if config.reflection:
         rows["reflection"] = ReflectionStage(
-            config.reflection,
+            config.reflection.without_sources(anchors),
             models,
             config.seed,
             difficulty=config.difficulty,
@@ -159,7 +161,9 @@ def flow_of(config: Config) -> Flow:
             sources=config.sources,
         )
     if config.prefixes:
-        rows["prefixes"] = PrefixesStage(config.prefixes, models, config.seed)
+        rows["prefixes"] = PrefixesStage(
+            config.prefixes.without_sources(anchors), models, config.seed
+        )
     if config.dictionary:
         fits["dictionary"] = DictionaryStage(config.dictionary, models, config.seed)
     if config.features and config.dictionary:
@@ -172,7 +176,9 @@ def flow_of(config: Config) -> Flow:
                 config.explanation, config.features, config.dictionary, models, config.seed
             )
     if config.concepts and config.dictionary:
-        rows["concepts"] = ConceptsStage(config.concepts, config.dictionary, models)
+        rows["concepts"] = ConceptsStage(
+            config.concepts.without_sources(anchors), config.dictionary, models
+        )
     if config.embedding:
         rows["embedding"] = EmbeddingStage(config.embedding, models)
     if config.baselines:
@@ -186,7 +192,7 @@ def flow_of(config: Config) -> Flow:
     for name, section in config.stages.items():
         _add_extension(rows, name, extension_stage(name, section, models, config.seed))
     present = [*ROWS.names, *(n for stage in rows.values() for n in stage.columns().adds.names)]
-    flow = Flow(rows, fits, _set_stages(config, tuple(present)))
+    flow = Flow(rows, fits, _set_stages(config, tuple(present), anchors))
     asking: dict[str, RowStage | FitStage] = {**rows, **fits}
     for name, one in asking.items():
         check_endpoints(name, one.engines())
@@ -218,8 +224,9 @@ def _add_extension(rows: dict[str, RowStage], name: str, stage: RowStage) -> Non
     rows[name] = stage
 
 
-def _set_stages(config: Config, present: tuple[str, ...]) -> dict[str, SetStage]:
-    anchors = frozenset(s.name for s in config.sources if s.role == "anchor")
+def _set_stages(
+    config: Config, present: tuple[str, ...], anchors: frozenset[str]
+) -> dict[str, SetStage]:
     sets: dict[str, SetStage] = {
         "selection": SelectionStage(
             _selection(config), anchors, frozenset(present), config.license_policy

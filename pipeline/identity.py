@@ -56,8 +56,19 @@ def ingest_identity(config: Config) -> dict[str, Any]:
     }
 
 
-def stage_identities(config: Config, flow: Flow) -> dict[str, dict[str, Any]]:
-    """The identity of every stage, in order; reads model files to hash them, loads none."""
+def stage_identities(
+    config: Config, flow: Flow, *, elsewhere: bool = False
+) -> dict[str, dict[str, Any]]:
+    """The identity of every stage, in order; reads model files to hash them, loads none.
+
+    Args:
+        config: the recipe.
+        flow: its stages.
+        elsewhere: a library for models may be missing here; its version is then unknown.
+
+    Raises:
+        ConfigError: a model or its library isn't there.
+    """
     identities: dict[str, dict[str, Any]] = {"ingest": ingest_identity(config)}
     for name in flow.names[1:]:
         if name in flow.rows:
@@ -82,7 +93,8 @@ def stage_identities(config: Config, flow: Flow) -> dict[str, dict[str, Any]]:
         }
         if name in flow.rows or name in flow.fits:
             identity["models"] = {
-                role: _model(spec, config) for role, spec in sorted(stage.engines().items())
+                role: _model(spec, config, elsewhere=elsewhere)
+                for role, spec in sorted(stage.engines().items())
             }
             identity["upstream"] = upstream
             identity["artifacts"] = fitted
@@ -149,7 +161,7 @@ def library_version(library: str) -> str:
     )
 
 
-def _model(spec: EngineSpec, config: Config) -> dict[str, Any]:
+def _model(spec: EngineSpec, config: Config, *, elsewhere: bool = False) -> dict[str, Any]:
     settings = model_settings(config.portable_recipe["models"][spec.model])
     if spec.settings.endpoint is not None:
         return endpoint_identity(settings)
@@ -161,9 +173,18 @@ def _model(spec: EngineSpec, config: Config) -> dict[str, Any]:
         "settings": settings,
         "weights": model_identity(spec.settings.model),
         "numerics": {
-            **{name: library_version(name) for name in names},
+            **{name: _version(name, elsewhere) for name in names},
             "machine": platform.machine(),
             "device": "cuda" if on_gpu else "cpu",
             **({} if on_gpu else {"threads": threads_of(spec.settings)}),
         },
     }
+
+
+def _version(library: str, elsewhere: bool) -> str:
+    try:
+        return library_version(library)
+    except ConfigError:
+        if elsewhere:
+            return "not installed here"
+        raise

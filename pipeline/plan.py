@@ -55,7 +55,7 @@ def plan_of(config: Config, *, probe_rows: int | None, reuse: str | None = None)
         ConfigError: a source, model or column isn't there.
         StageError: a source loses more records than it may.
     """
-    job = Run(config, lambda _: None, reuse=reuse)
+    job = Run(config, lambda _: None, reuse=reuse, elsewhere=True)
     content = job.inputs("ingest")
     files = sum(len(pairs) for pairs in content.values())
     ingested = read_manifest(job.store, "ingest")

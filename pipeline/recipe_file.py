@@ -116,6 +116,9 @@ def resolve_paths(raw: dict[str, Any], path: str) -> None:
     reflection = raw.get("reflection")
     if isinstance(reflection, dict) and isinstance(reflection.get("prompts"), str):
         reflection["prompts"] = _located(_expanded(reflection["prompts"]), folder)
+    selection = raw.get("selection")
+    if isinstance(selection, dict) and isinstance(selection.get("overrides"), str):
+        selection["overrides"] = _located(_expanded(selection["overrides"]), folder)
     dictionary = raw.get("dictionary")
     if isinstance(dictionary, dict) and isinstance(dictionary.get("path"), str):
         dictionary["path"] = _located(_expanded(dictionary["path"]), folder)

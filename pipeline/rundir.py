@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from itertools import accumulate
@@ -254,6 +255,7 @@ class RunLock:
         """Name the directory."""
         self._run = run
         self._stop = threading.Event()
+        self._lost = threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> RunLock:
@@ -275,11 +277,25 @@ class RunLock:
         if AT_END.pop(self, None):
             self._release()
 
+    def check(self) -> None:
+        """See that the lock is still held.
+
+        Raises:
+            RunBusy: another process took it for a dead one's, as its heartbeat couldn't be written.
+        """
+        if self._lost.is_set():
+            raise RunBusy(
+                f"{self._run.url} is no longer this process's: {self._run.path(LOCK)} couldn't be "
+                f"written for {_STALE_S:g} s or more, and another process took the directory; "
+                "what was finished is kept, and the same command goes on from it"
+            )
+
     def _release(self, wait_s: float | None = None) -> None:
         self._stop.set()
         if self._thread:
             self._thread.join(wait_s)
-        self._run.remove(LOCK)
+        if self._is_mine():
+            self._run.remove(LOCK)
 
     def _taken(self) -> bool:
         """Whether the lock was free, or its holder gone; False: look again.
@@ -348,7 +364,21 @@ class RunLock:
 
     def _beat(self) -> None:
         while not self._stop.wait(_HEARTBEAT_S):
-            self._run.write_bytes(LOCK, self._note())
+            # A storage that fails for a moment is asked again at the next beat.
+            with suppress(OSError, StageError):
+                if not self._is_mine():
+                    self._lost.set()
+                    return
+                self._run.write_bytes(LOCK, self._note())
+
+    def _is_mine(self) -> bool:
+        """Whether the lock that lies there is this process's."""
+        try:
+            held = _note_in(self._run.read_bytes(LOCK))
+        except FileNotFoundError:
+            return False
+        mine = _note_in(self._note())
+        return all(held.get(name) == mine[name] for name in ("pid", "started", "host"))
 
     def _note(self) -> bytes:
         note = {

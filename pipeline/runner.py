@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from pipeline.backend import Backend, FitTask, LocalBackend
+from pipeline.budget import Ledger
 from pipeline.config import Config, changed_fields, recipe_yaml, run_store
 from pipeline.flow import Flow, flow_of, folder_of
 from pipeline.identity import fingerprint, generation_identity, stage_identities
@@ -30,8 +31,8 @@ from pipeline.rundir import (
 )
 from pipeline.shard import BESIDE, ShardReport, ShardTask, is_committed
 from stages.base import UNSEEN, Checked, RowStage, in_turn
-from stages.engines.chat_cache import Spent
-from stages.errors import ConfigError, StageError
+from stages.engines.spent import Spent
+from stages.errors import BudgetSpent, ConfigError, StageError
 from stages.ingest import SCRATCH, content_of, ingest
 from stages.requests import lowest_keys
 from stages.rows import NOT_REQUESTED, OK
@@ -39,6 +40,7 @@ from stages.rules import rule_columns, rule_mask
 from stages.sources.settings import Source
 from stages.storage import Store, parquet_bytes
 
+_TARGET = "target"
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -64,13 +66,24 @@ Listener = Callable[[Event], None]
 
 @dataclass
 class Run:
-    """One run: a config, its flow and directory, and how it reports."""
+    """One run: a config, its flow and directory, and how it reports.
+
+    Args:
+        config: the recipe.
+        listener: told of every event.
+        restart_from: the stage to compute again from.
+        reuse: another run, whose columns are taken by id.
+        backend: that computes; None: the recipe's.
+        elsewhere: it is only looked at here, and runs on a machine that may have libraries for
+            models which this one lacks.
+    """
 
     config: Config
     listener: Listener
     restart_from: str | None = None
     reuse: str | None = None
     backend: Backend | None = None
+    elsewhere: bool = False
 
     def __post_init__(self) -> None:
         """Build the flow and the stages' identities.
@@ -79,6 +92,7 @@ class Run:
             ConfigError: stages don't fit each other, or a model isn't there.
         """
         self.store = run_store(self.config)
+        self._lock = RunLock(self.store)
         self.flow: Flow = flow_of(self.config)
         if self.restart_from and self.restart_from not in self.flow.names:
             raise ConfigError(
@@ -88,7 +102,7 @@ class Run:
             if isinstance(stage, Checked):
                 stage.check()
         self._check_keys()
-        self.identities = stage_identities(self.config, self.flow)
+        self.identities = stage_identities(self.config, self.flow, elsewhere=self.elsewhere)
 
     def _check_keys(self) -> None:
         """See that the keys are there of all endpoints that are still to be asked.
@@ -119,7 +133,8 @@ class Run:
                 f"{self.store.url} was made with another recipe: {'; '.join(refused)}; run with "
                 f"--restart-from {first} to compute again from there, or use another run directory"
             )
-        with RunLock(self.store):
+        with self._lock:
+            self._ledger = Ledger(self.store, self.config.execution.budgets)
             asyncio.run(self._execute(names if only is None else [only]))
 
     def changes(self) -> dict[str, list[str]]:
@@ -181,6 +196,7 @@ class Run:
                         folder.remove(f"{inner}{part}")
 
     async def _stage(self, name: str) -> None:
+        self._lock.check()
         started = time.monotonic()
         before = self.flow.names[: self.flow.names.index(name)]
         for earlier in before:
@@ -194,6 +210,7 @@ class Run:
         if manifest is not None and self._is_current(name, manifest, inputs):
             self.listener(Event(name, "kept", rows=int(manifest.get("rows", 0))))
             return
+        self._check_spent(name)
         start_stage(self.store, name, self.identities[name])
         if name == "ingest":
             rows = self._ingest(inputs)
@@ -203,6 +220,7 @@ class Run:
             rows = await self._fit_stage(name, inputs)
         else:
             rows = await self._set_stage(name, inputs)
+        self._ledger.write()
         self.listener(Event(name, "done", rows=rows, seconds=time.monotonic() - started))
 
     def is_done(self, name: str) -> bool:
@@ -210,7 +228,25 @@ class Run:
         manifest = read_manifest(self.store, name)
         if manifest is None or not self._is_current(name, manifest, self.inputs(name)):
             return False
-        return name == "ingest" or all(self.is_done(earlier) for earlier in self._reads(name))
+        if name == "ingest":
+            return True
+        if name in self.flow.fits and not self._refits(name):
+            # It stays as it is while rows come and go.
+            reads_targets = "targets" in self.inputs(name)
+            made_of = self.flow.fits[name].artifacts()
+            return not (reads_targets and self._targets_changed()) and all(
+                self.is_done(artifact) for artifact in made_of if artifact != UNSEEN
+            )
+        return all(self.is_done(earlier) for earlier in self._reads(name))
+
+    def _targets_changed(self) -> bool:
+        """Whether files of targets differ from those that ingest read."""
+        ingested = (read_manifest(self.store, "ingest") or {"inputs": {}})["inputs"]
+        before, now = (
+            {name: pairs for name, pairs in found.items() if name.startswith(f"{_TARGET} ")}
+            for found in (ingested, self.inputs("ingest"))
+        )
+        return before != now
 
     def reads_unseen(self, name: str) -> bool:
         """Whether a row stage reads ingest's folder of what training must not see."""
@@ -234,7 +270,7 @@ class Run:
         if name == "ingest":
             read: dict[str, Sequence[Source]] = {
                 "source": self.config.sources,
-                "target": self.config.targets,
+                _TARGET: self.config.targets,
                 "evaluation set": self.config.contamination.sets,
             }
             return {
@@ -513,7 +549,11 @@ class Run:
 
         async def one(task: ShardTask) -> None:
             async with gate:
+                self._lock.check()
+                if self._ledger.used_up(stage.engines()):
+                    return
                 report = await backend.shard(task)
+            self._ledger.add(report.spent, stage.engines())
             reports.append(report)
             self.listener(
                 Event(
@@ -534,7 +574,23 @@ class Run:
         except ExceptionGroup as failures:
             # The first failure cancels the rest; theirs say nothing more.
             raise failures.exceptions[0] from None
+        if len(reports) < len(pending):
+            self._check_spent(stage.name)
         return reports
+
+    def _check_spent(self, name: str) -> None:
+        """Stop where a budget leaves nothing for a stage.
+
+        Raises:
+            BudgetSpent: naming it.
+        """
+        stage = self.flow.rows.get(name) or self.flow.fits.get(name)
+        if used := self._ledger.used_up(stage.engines() if stage else {}):
+            raise BudgetSpent(
+                f"{name}: execution.budgets.{used}; what is finished is kept. Raise it and run "
+                "again to go on",
+                stage=name,
+            )
 
     def _check_failures(
         self, name: str, statuses: Mapping[str, int], examples: Mapping[str, str]

@@ -18,8 +18,9 @@ from pipeline.flow import folder_of
 from pipeline.rundir import ids_digest, read_columns
 from stages.base import RowStage, checked_columns
 from stages.engines.chat import UNANSWERED
-from stages.engines.chat_cache import CachedChat, Spent
+from stages.engines.chat_cache import CachedChat
 from stages.engines.generation_cache import CachedGenerator
+from stages.engines.spent import Spent
 from stages.requests import not_requested_columns, requested_rows
 from stages.rows import NOT_REQUESTED, canonical_json, row_id
 from stages.rules import rule_columns
@@ -146,7 +147,11 @@ async def compute_shard(task: ShardTask, handles: Mapping[str, Any]) -> ShardRep
         reused=len(reused),
         statuses=dict(statuses),
         seconds=seconds,
-        spent={role: one.spent for role, one in engines.items() if isinstance(one, CachedChat)},
+        spent={
+            role: one.spent
+            for role, one in engines.items()
+            if isinstance(one, (CachedChat, CachedGenerator))
+        },
     )
 
 

@@ -8,10 +8,10 @@ directory and knows nothing of shards in flight, backends or resume.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
@@ -62,6 +62,14 @@ class RowSettings(Settings):
     limit: int | None = Field(
         default=None, ge=1, description="At most this many rows: those of lowest hash(id, seed)."
     )
+
+    def without_sources(self, names: Collection[str]) -> Self:
+        """The same, asked of no row of these sources."""
+        if not names:
+            return self
+        others = f"source not in [{', '.join(map(repr, sorted(names)))}]"
+        where = others if self.where is None else f"({self.where}) and {others}"
+        return self.model_copy(update={"where": where})
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ import pytest
 
 from stages.engines import Completion, GenerationRequest, Sampling, Usage
 from stages.engines.chat import UNANSWERED, ChatFailure, ChatRequest, TemplatedChat
-from stages.engines.chat_cache import CachedChat, Spent
+from stages.engines.chat_cache import CachedChat
 from stages.engines.generation_cache import CachedGenerator
+from stages.engines.spent import Spent
 from stages.engines.tokens import chat_tokens
 from stages.errors import EngineError
 from stages.rows import Message

@@ -27,7 +27,7 @@ from pipeline.identity import generation_identity, stage_identities
 from stages.engines.endpoint import EndpointChat
 from stages.engines.local import LocalHandle
 from stages.engines.settings import ModelSettings
-from stages.errors import ConfigError, EngineError, StageError
+from stages.errors import BudgetSpent, ConfigError, EngineError, StageError
 from stages.reasoning.settings import ReasoningSettings
 from stages.reasoning.stage import ReasoningStage
 from stages.reflection import ReflectionSettings, ReflectionStage
@@ -116,6 +116,23 @@ class TestRun:
                 "cost": pytest.approx((190 * 2 + words * 10) / 1e6),
             }
         }
+
+    def test_it_stops_where_its_cost_is_spent_and_goes_on(
+        self, reflected: Any, execute: Any, server: EndpointServer
+    ) -> None:
+        execution = reflected.value["execution"]
+        execution |= {"shards_in_flight": 1, "budgets": {"max_cost": 1e-6}}
+        with pytest.raises(BudgetSpent, match=r"max_cost 1e-06: .* are spent"):
+            execute()
+        first = len(server)
+        assert 0 < first < 19
+        total = json.loads((reflected.run_folder / "spent.json").read_text())
+        prompts = 10 * first
+        assert total["cost"] == pytest.approx((prompts * 2 + total["generated_tokens"] * 10) / 1e6)
+        execution["budgets"] = {"max_cost": 1}
+        execute()
+        assert set(server.prompts().values()) == {1}
+        assert len(server) == 19
 
     def test_cache_survives_a_restart_and_misses_what_changed(
         self, reflected: Any, execute: Any, server: EndpointServer

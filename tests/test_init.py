@@ -23,6 +23,7 @@ from pipeline.init.models import CHAT_MODELS, proposed_student, proposed_teacher
 from pipeline.init.recipe import Choices, recipe_text
 from pipeline.runner import Run
 from stages.errors import ConfigError
+from stages.ingest import content_of
 from stages.storage import Store
 
 QUICKSTART = ROOT / "configs" / "quickstart"
@@ -178,6 +179,29 @@ def test_a_recipe_that_is_there_stays(tmp_path: Path, rows_of: Any) -> None:
     assert output.read_text() == "name: edited\n"
     assert CliRunner().invoke(app, [*arguments, "--force"]).exit_code == 0
     assert read_config(str(output)).sources[0].name == "apples"
+
+
+def test_a_recipe_at_a_url_names_local_files_that_can_be_found(
+    tmp_path: Path, rows_of: Any
+) -> None:
+    path = lines_of(tmp_path / "apples.jsonl", rows_of("apples", 0, 5))
+    output = (tmp_path / "there" / "mine.yaml").as_uri()
+    done = CliRunner().invoke(app, ["init", path, "-o", output])
+    assert done.exit_code == 0, done.output
+    assert content_of(read_config(output).sources)["apples"][0][0] == "apples.jsonl"
+
+
+def test_what_a_recipe_cannot_name_or_where_it_cannot_be_is_said(
+    tmp_path: Path, rows_of: Any
+) -> None:
+    path = lines_of(tmp_path / "a${HOME}b.jsonl", rows_of("apples", 0, 5))
+    done = CliRunner().invoke(app, ["init", path, "-o", str(tmp_path / "mine.yaml")])
+    assert done.exit_code == 2
+    assert "environment variable" in done.stderr
+    path = lines_of(tmp_path / "apples.jsonl", rows_of("apples", 0, 5))
+    done = CliRunner().invoke(app, ["init", path, "-o", f"{path}/mine.yaml"])
+    assert done.exit_code == 2
+    assert "can't be written" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["2024-05-01", "2024", "true", "null", "1e3", "_mine", "-"])

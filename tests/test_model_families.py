@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from stages.engines import MaskedSequence, ScoreRequest
+from stages.engines.output_head import output_head_of
 from stages.engines.reader import TransformersReader
 from stages.engines.scorer import TransformersScorer
 from stages.engines.settings import ModelSettings
 from stages.engines.splicer import TransformersSplicer
+from stages.errors import EngineError
 
 PREFIX = list(range(30, 42))
 REQUESTS = [
@@ -55,10 +57,35 @@ def gpt2() -> Any:
     return GPT2LMHeadModel(config).eval()
 
 
-@pytest.fixture(scope="module", params=["Gemma 2", "Gemma 2, every layer reads all", "GPT-2"])
+def scaled(make: str) -> Any:
+    """A family that scales its logits: by a field of its configuration, or by one over it."""
+    import transformers
+
+    torch.manual_seed(0)
+    own = {
+        "Cohere": {"logit_scale": 0.25},
+        "Granite": {"logits_scaling": 4.0, "embedding_multiplier": 3.0},
+        "HyperCLOVAX": {"logits_scaling": 0.3},
+    }[make]
+    config = getattr(transformers, f"{make}Config")(
+        vocab_size=100, hidden_size=16, intermediate_size=24, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.5, pad_token_id=0,
+        bos_token_id=0, eos_token_id=0, attn_implementation="eager", **own,
+    )  # fmt: skip
+    return getattr(transformers, f"{make}ForCausalLM")(config).eval()
+
+
+SCALED = ["Cohere", "Granite", "HyperCLOVAX"]
+
+
+@pytest.fixture(
+    scope="module", params=["Gemma 2", "Gemma 2, every layer reads all", "GPT-2", *SCALED]
+)
 def model(request: pytest.FixtureRequest) -> Any:
     if request.param == "GPT-2":
         return gpt2()
+    if request.param in SCALED:
+        return scaled(request.param)
     first = "sliding_attention" if request.param == "Gemma 2" else "full_attention"
     return gemma2([first, "full_attention"] * 2)
 
@@ -137,3 +164,18 @@ def test_losses_with_other_states_in_a_blocks_place_are_the_librarys(
         hook.remove()
         assert zeroed.sums[row] == pytest.approx(expected, abs=1e-3)
         assert zeroed.sums[row] != pytest.approx(clean.sums[row], abs=1e-2)
+
+
+def test_a_model_that_makes_its_logits_in_an_unknown_way_is_refused() -> None:
+    """Scoring it would give wrong numbers without a word."""
+
+    class Shifted(type(gpt2())):  # type: ignore[misc]
+        def forward(self, *args: Any, **named: Any) -> Any:
+            found = super().forward(*args, **named)
+            found.logits = found.logits + torch.linspace(-5, 5, 100)
+            return found
+
+    model = gpt2()
+    model.__class__ = Shifted
+    with pytest.raises(EngineError, match="type gpt2 make their logits in a way"):
+        output_head_of(model)

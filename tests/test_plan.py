@@ -8,19 +8,23 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import PackageNotFoundError
 from typing import Any
 
 import pytest
 from engine_fakes import CountedEngines
 from rich.console import Console
 
-from pipeline import probe
+from pipeline import identity, probe
 from pipeline.backend import LocalBackend
 from pipeline.config import read_config
 from pipeline.plan import Plan, plan_of
 from pipeline.probe import Meter, Probe
 from pipeline.runner import Run
 from pipeline.survey import surveyed
+from stages.errors import ConfigError
 from stages.storage import Store
 
 ASKED = {
@@ -215,6 +219,41 @@ def test_what_is_complete_is_not_measured(
     assert any("sources changed" in note for note in plan.notes)
     # 19 of the 22 rows that there are now.
     assert "up to 19 rows' columns are there" in lines(plan)["difficulty"]
+
+
+def test_what_is_fitted_once_is_not_planned_again_when_rows_come(
+    recipe: Any, execute: Any, engines: CountedEngines
+) -> None:
+    """The plan says of every stage that is fitted what the run then does."""
+    execute()
+    for changed in ("rows", "targets"):
+        if changed == "rows":
+            recipe.write_rows("pears", 0, 14)
+        else:
+            recipe.write_rows("plums", 20, 26)
+        by_stage = lines(plan_of(read_config(recipe.save()), probe_rows=None))
+        done = execute()
+        for name in ("ingest", "dictionary", "prototypes", "selection"):
+            assert ("complete (" in by_stage[name]) == (done.kinds(name) == ["kept"]), name
+        assert done.kinds("dictionary") == ["kept"]
+        assert (done.kinds("prototypes") == ["kept"]) == (changed == "rows")
+
+
+def test_a_model_whose_library_is_elsewhere_is_planned_and_not_measured(
+    recipe: Any, engines: CountedEngines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(identity, "version", partial(_without, "vllm", identity.version))
+    recipe.value["models"]["teacher"]["engine"] = "vllm"
+    config = read_config(recipe.save())
+    assert "reflection" in lines(plan_of(config, probe_rows=None))
+    with pytest.raises(ConfigError, match="isn't installed here"):
+        Run(config, lambda _: None)
+
+
+def _without(absent: str, version: Callable[[str], str], library: str) -> str:
+    if library.startswith(absent):
+        raise PackageNotFoundError(library)
+    return version(library)
 
 
 def test_columns_of_another_run_are_counted(

@@ -356,13 +356,13 @@ def test_a_line_of_100_megabytes_is_one_reject(tmp_path: Path, kind: str, packed
     path.write_bytes(QUICKLY[packed](data))
     found, taken = read_apart(path)
     assert found == [["too_long: 100000001 characters", 10_000], None]
-    assert taken < 10 * len(data)
+    assert taken < 12 * len(data)
     cut = tmp_path / f"cut{kind}{packed}"
     cut.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     ((reason, shown),), taken = read_apart(cut)
     assert code_of(reason) == ("unparsable" if (kind, packed) == (".jsonl", "") else "damaged_file")
     assert shown <= 10_000
-    assert taken < 10 * len(data)
+    assert taken < 12 * len(data)
 
 
 @pytest.mark.slow

@@ -11,6 +11,8 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -360,6 +362,62 @@ def test_lock_that_was_never_written_is_taken_over(tmp_path: Path) -> None:
         assert store.read_json("lock.json")["pid"] == os.getpid()
 
 
+def test_a_beat_that_fails_is_made_good_and_a_lost_lock_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Storage that fails for a moment ends no lock; one that another took is not removed."""
+    monkeypatch.setattr(rundir, "_HEARTBEAT_S", 0.01)
+    store, write = Store(str(tmp_path)), Store.write_bytes
+    fails, beaten = threading.Event(), threading.Semaphore(0)
+
+    def sometimes(self: Store, name: str, data: bytes, **options: Any) -> None:
+        beaten.release()
+        if fails.is_set():
+            raise OSError("Input/output error")
+        write(self, name, data, **options)
+
+    monkeypatch.setattr(Store, "write_bytes", sometimes)
+
+    def beats(count: int) -> None:
+        for _ in range(count):
+            assert beaten.acquire(timeout=60)
+
+    with RunLock(store) as lock:
+        beats(2)
+        fails.set()
+        beats(3)
+        fails.clear()
+        before = store.read_json("lock.json")["beat"]
+        beats(3)
+        lock.check()
+        assert store.read_json("lock.json")["beat"] >= before
+        other = {**store.read_json("lock.json"), "host": "elsewhere", "beat": time.time()}
+        assert lock._thread is not None
+        while lock._thread.is_alive():
+            # A beat that has just looked writes over it, once.
+            write(store, "lock.json", json.dumps(other).encode())
+        with pytest.raises(RunBusy, match="no longer this process's"):
+            lock.check()
+    assert store.read_json("lock.json") == other
+
+
+def test_a_run_whose_directory_was_taken_ends_before_its_next_stage(
+    recipe: Any, execute: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks = iter([None, RunBusy("taken")])
+
+    def check(_: RunLock) -> None:
+        if found := next(checks):
+            raise found
+
+    monkeypatch.setattr(RunLock, "check", check)
+    with pytest.raises(RunBusy, match="taken"):
+        execute()
+    run = Store(str(recipe.run_folder))
+    assert run.exists("ingest/manifest.json")
+    assert not run.exists("difficulty/manifest.json")
+
+
 def test_busy_directory_has_an_exit_status_of_its_own(recipe: Any) -> None:
     with RunLock(Store(str(recipe.run_folder))):
         done = CliRunner().invoke(app, ["run", str(recipe.save())])
@@ -469,6 +527,27 @@ def test_why_tells_the_story_of_kept_and_dropped_rows(recipe: Any, execute: Any)
     assert "train-00000-of-00001.parquet" in story(str(recipe.run_folder), kept[:12])
     with pytest.raises(ConfigError, match="no row"):
         story(str(recipe.run_folder), "f" * 32)
+
+
+def test_anchors_are_never_rewritten_and_take_none_of_the_limit(recipe: Any, execute: Any) -> None:
+    recipe.write_rows("figs", 0, 6)
+    recipe.value["sources"].append({"name": "figs", "path": "figs.jsonl", "role": "anchor"})
+    recipe.value["reflection"] |= {"limit": 12, "where": "source != 'pears'"}
+    execute()
+    rows = [
+        row
+        for folder in ("ingest", "reflection")
+        for part in sorted((recipe.run_folder / folder).glob("part-*.parquet"))
+        for row in pq.read_table(part).to_pylist()
+    ]
+    source = {row["id"]: row["source"] for row in rows if "source" in row}
+    asked = Counter(
+        source[row["id"]]
+        for row in rows
+        if row.get("reflection_status", "not_requested") != "not_requested"
+    )
+    # The limit is larger than the apples; figs, which it could be filled with, are left alone.
+    assert asked == {"apples": Counter(source.values())["apples"]}
 
 
 def test_sources_content_is_part_of_what_a_run_knows(recipe: Any, execute: Any) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from sharded import Tables
 
+from pipeline.why import story
 from stages.errors import ConfigError, StageError
 from stages.licenses import LicensePolicy
 from stages.rows import row_id
@@ -174,6 +178,18 @@ def test_tokens_are_measured_where_a_stage_counted_them() -> None:
     assert all(math.isfinite(d["tokens"]) for d in decisions)
 
 
+def test_tokens_of_rows_that_no_stage_counted_are_estimated_and_never_nothing() -> None:
+    data = rows(6)
+    data[2]["tokens"] = data[4]["tokens"] = None
+    decisions, report = decide(data)
+    text = "".join(turn["content"] for turn in data[4]["effective_messages"])
+    assert decisions[4]["tokens"] == len(text.encode()) // 4 + 1
+    assert [d["tokens"] for i, d in enumerate(decisions) if i not in (2, 4)] == [
+        row["tokens"] for i, row in enumerate(data) if i not in (2, 4)
+    ]
+    assert report["tokens_are"] == "estimated for 2 of 6 kept rows: UTF-8 bytes / 4"
+
+
 @pytest.mark.parametrize("unknown", ["block", "allow"])
 def test_license_policy_blocks_single_records_and_leaves_their_copies(unknown: Any) -> None:
     data = rows(30)
@@ -269,3 +285,107 @@ def test_semantic_duplicates_of_dropped_rows_stay() -> None:
 def test_semantic_duplicates_need_embeddings() -> None:
     with pytest.raises(ConfigError, match="needs an embedding section"):
         SelectionStage(SelectionSettings(semantic_duplicates=0.9), frozenset(), PRESENT)
+
+
+# What people decided
+
+
+def decided(folder: Path, *lines: dict[str, Any], name: str = "o.jsonl") -> str:
+    path = folder / name
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def test_people_have_the_last_word_and_the_cut_is_made_among_the_others(tmp_path: Path) -> None:
+    data = rows(40)
+    settings: dict[str, Any] = {
+        "score": "score", "share": 0.5, "filters": [{"rule": "other > 0.2"}],
+    }  # fmt: skip
+    before, _ = decide(data, **settings)
+    best = max((d for d in before if d["keep"]), key=lambda d: d["score"])
+    worst = next(d for d in before if d["reason"].startswith("filter"))
+    unscored = next(d for d in before if d["reason"].startswith("missing_score"))
+    path = decided(
+        tmp_path,
+        {"id": best["id"], "decision": "drop", "reviewer": "R", "reason": "a false answer"},
+        {"id": worst["id"], "decision": "keep", "reviewer": "R"},
+        {"id": unscored["id"], "decision": "keep"},
+    )
+    after, report = decide(data, overrides=path, **settings)
+    by_id = {d["id"]: d for d in after}
+    assert by_id[best["id"]]["reason"] == "override: by R: a false answer"
+    assert by_id[worst["id"]]["reason"] == "kept: override: by R"
+    assert by_id[unscored["id"]]["reason"] == "kept: override"
+    assert not by_id[best["id"]]["keep"]
+    assert by_id[worst["id"]]["keep"]
+    assert by_id[unscored["id"]]["keep"]
+    assert report["reasons"]["kept: override"] == 2
+    assert report["reasons"]["override"] == 1
+    # The others are as if those three weren't there.
+    apart = {best["id"], worst["id"], unscored["id"]}
+    others, _ = decide([row for row in data if row["id"] not in apart], **settings)
+    assert {d["id"]: d["keep"] for d in others} == {
+        d["id"]: d["keep"] for d in after if d["id"] not in apart
+    }
+
+
+def test_licences_and_anchors_go_before_people_and_copies_behind_them(tmp_path: Path) -> None:
+    data = rows(12)
+    data[3]["effective_messages"] = data[2]["effective_messages"]
+    for number, row in enumerate(data):
+        row["license"] = "CC BY-NC 4.0" if number == 4 else "mit"
+    data[5]["source"] = "anchor"
+    path = decided(tmp_path, *({"id": row["id"], "decision": "keep"} for row in data[2:6]))
+    policy = LicensePolicy(allow=["mit"])
+    found, _ = decide(data, overrides=path, anchors=("anchor",), policy=policy)
+    kept = {number: row["reason"] for number, row in enumerate(found) if number in range(2, 6)}
+    # Both copies were asked for by name.
+    assert kept == {
+        2: "kept: override", 3: "kept: override", 4: "license: cc-by-nc-4.0", 5: "anchor",
+    }  # fmt: skip
+    path = decided(tmp_path, {"id": data[2]["id"], "decision": "keep"})
+    found, _ = decide(data, overrides=path, filters=[{"rule": "other > 2"}])
+    assert [row["keep"] for row in found].count(True) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ({"id": "a"}, "record 1 has no decision"),
+        ({"decision": "keep"}, "record 1 has no id"),
+        ({"id": "a", "decision": "maybe"}, "'maybe'; it must be keep or drop"),
+        ({"id": "first", "decision": "drop"}, "first is decided twice"),
+        ({"id": 7, "decision": "drop"}, "id is no text: 7"),
+    ],
+)
+def test_a_decision_that_is_none_is_named(tmp_path: Path, line: Any, said: str) -> None:
+    path = decided(tmp_path, {"id": "first", "decision": "keep"}, line)
+    with pytest.raises(ConfigError, match=f"o.jsonl.*{said}"):
+        decide(rows(3), overrides=path)
+    with pytest.raises(ConfigError, match="gone"):
+        decide(rows(3), overrides=f"{path}-gone.jsonl")
+
+
+def test_a_decision_about_no_row_stops_selection(tmp_path: Path) -> None:
+    path = decided(tmp_path, {"id": "f" * 32, "decision": "drop"})
+    with pytest.raises(StageError, match="1 rows that there aren't, such as ffff"):
+        decide(rows(3), overrides=path)
+
+
+def test_a_recipe_finds_its_overrides_and_their_content_counts(recipe: Any, execute: Any) -> None:
+    execute()
+    decisions = recipe.run_folder / "selection" / "decisions.parquet"
+    kept = next(row["id"] for row in pq.read_table(decisions).to_pylist() if row["keep"])
+    (recipe.path.parent / "people.csv").write_text(f"id,decision,reviewer\n{kept},drop,R\n")
+    recipe.value["selection"]["overrides"] = "people.csv"
+    execute(restart_from="selection")
+    row = next(row for row in pq.read_table(decisions).to_pylist() if row["id"] == kept)
+    assert row["reason"] == "override: by R"
+    assert "override: by R" in story(str(recipe.run_folder), kept)
+    assert execute().kinds("selection") == ["kept"]
+    (recipe.path.parent / "people.csv").write_text(f"id,decision,reviewer\n{kept},keep,R\n")
+    with pytest.raises(ConfigError, match="restart-from selection"):
+        execute()
+    execute(restart_from="selection")
+    assert "kept: override: by R" in story(str(recipe.run_folder), kept)
+    assert str(recipe.path.parent) not in (recipe.run_folder / "dataset/lineage.json").read_text()

@@ -51,8 +51,13 @@ def write_recipe(
         text = recipe_text(
             files, targets, output, machine, Choices(student, teacher, encoder), Store(scratch)
         )
-    store.write_bytes(SCHEMA_FILE, schema_text().encode())
-    store.write_bytes(name, text.encode())
+    try:
+        store.write_bytes(SCHEMA_FILE, schema_text().encode())
+        store.write_bytes(name, text.encode())
+    except OSError as error:
+        raise ConfigError(
+            f"{output} can't be written ({error}); name another file by -o"
+        ) from error
     config = read_config(output)
     console = Console()
     models = ", ".join(f"{role} {model.model}" for role, model in config.models.items())

@@ -89,12 +89,18 @@ def recipe_text(
     """
     import jinja2
 
+    for file in (*files, *targets):
+        if re.search(r"\$\{\w+\}", file):
+            raise ConfigError(
+                f"{file}: a recipe would put an environment variable's value there; rename the "
+                "file, or name its folder"
+            )
     pools = _named(Source, files)
     goals = _named(Target, targets)
     limits = IngestSettings(max_reject_rate=1)
     pools = [_readable(pool) for pool in pools]
     found = surveyed(pools, goals, limits, ContaminationSettings(), scratch, sample=_SAMPLE, seed=0)
-    folder = os.path.dirname(os.path.abspath(output))
+    folder = None if "://" in output else os.path.dirname(os.path.abspath(output))
     longest = _longest_text(found)
     most = 8192 if machine.gpus_gb else 2048
     max_length = min(most, max(512, 256 * math.ceil(longest / _CHARACTERS_PER_TOKEN / 256)))
@@ -191,7 +197,7 @@ def _alone(source: Source) -> dict[str, Any]:
     return counts
 
 
-def _source_entry(source: Source, found: Survey, folder: str) -> _Entry:
+def _source_entry(source: Source, found: Survey, folder: str | None) -> _Entry:
     counts = found.report["sources"][source.name]
     fields: dict[str, Any] = {}
     if source.preference:
@@ -205,7 +211,7 @@ def _source_entry(source: Source, found: Survey, folder: str) -> _Entry:
     return _Entry(source.name, _relative(source.path, folder), _note(counts), fields, licensed)
 
 
-def _target_entry(target: Target, found: Survey, folder: str) -> _Entry:
+def _target_entry(target: Target, found: Survey, folder: str | None) -> _Entry:
     counts = found.report["targets"][target.name]
     rows = [row for row in found.targets.to_pylist() if row["source"] == target.name]
     extras = [json.loads(row["extra"] or "{}") for row in rows]
@@ -249,12 +255,13 @@ def _counted(rejected: Mapping[str, int]) -> str:
     return ", ".join(f"{n} {code}" for code, n in sorted(rejected.items()))
 
 
-def _relative(path: str | list[str], folder: str) -> str:
-    """A local path as seen from the recipe's folder; a URL as it is."""
+def _relative(path: str | list[str], folder: str | None) -> str:
+    """A local path as seen from the recipe's folder; whole where that is no local one; or a URL."""
     assert isinstance(path, str)
     if "://" in path:
         return path
-    return os.path.relpath(os.path.abspath(os.path.expanduser(path)), folder)
+    whole = os.path.abspath(os.path.expanduser(path))
+    return whole if folder is None else os.path.relpath(whole, folder)
 
 
 def _longest_text(found: Survey) -> int:

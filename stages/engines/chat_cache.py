@@ -11,27 +11,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 from stages.engines import Completion, Sampling
 from stages.engines.chat import ChatFailure, ChatGenerator, ChatRequest
 from stages.engines.completion_files import CompletionFiles
+from stages.engines.spent import Spent
 from stages.errors import EngineError
 from stages.rows import canonical_json
 from stages.storage import Store
-
-
-class Spent(NamedTuple):
-    """What was asked of an endpoint, beside what the cache held; tokens as the endpoint counts."""
-
-    requests: int = 0
-    failures: int = 0
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-
-    def plus(self, other: Spent) -> Spent:
-        """The sum, field by field."""
-        return Spent(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 class CachedChat:

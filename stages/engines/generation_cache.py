@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from stages.engines import Completion, GenerationRequest, Sampling, TextGenerator
 from stages.engines.completion_files import CompletionFiles
+from stages.engines.spent import Spent
 from stages.rows import canonical_json
 from stages.storage import Store
 
@@ -20,6 +21,9 @@ class CachedGenerator:
     """A TextGenerator that asks its engine only for what the cache doesn't hold, chunk by chunk.
 
     All chunks are asked for at once: how many are in flight is for the engine's handle to say.
+
+    Attributes:
+        spent: on this object's requests so far.
     """
 
     def __init__(self, generator: TextGenerator, store: Store, identity: str, chunk: int) -> None:
@@ -35,6 +39,7 @@ class CachedGenerator:
         self._files = CompletionFiles(store, identity)
         self._identity = identity
         self._chunk = chunk
+        self.spent = Spent()
 
     async def generate(
         self, requests: Sequence[GenerationRequest], sampling: Sampling
@@ -45,7 +50,11 @@ class CachedGenerator:
         missing = [place for place, key in enumerate(keys) if key not in found]
 
         async def make(chunk: Sequence[int]) -> None:
-            completions = await self._generator.generate([requests[i] for i in chunk], sampling)
+            asked = [requests[i] for i in chunk]
+            completions = await self._generator.generate(asked, sampling)
+            read = sum(len(request.prompt) for request in asked)
+            written = sum(len(one.token_ids) for one in completions)
+            self.spent = self.spent.plus(Spent(len(asked), 0, read, written))
             made = dict(zip((keys[i] for i in chunk), completions, strict=True))
             self._files.write(made)
             found.update(made)

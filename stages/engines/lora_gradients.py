@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from transformers.pytorch_utils import Conv1D
 
 from stages.engines import ScoreRequest
-from stages.engines.model_files import decoder_of, output_head_of
+from stages.engines.output_head import decoder_of, output_head_of
 from stages.engines.packing import Segment
 from stages.errors import EngineError
 
@@ -70,6 +70,8 @@ class LoraGradients:
         device = self._model.device
         ids = torch.tensor([[*prompt, *target]], device=device)
         projected = torch.zeros(self._dimensions, device=device)
+        # It may ask the model's own forward, which the hooks would take part in.
+        head = output_head_of(self._model)
         hooks = [layer.watch(projected) for layer in self._layers]
         try:
             with torch.enable_grad():
@@ -78,7 +80,7 @@ class LoraGradients:
                 states = decoder_of(self._model)(
                     inputs_embeds=inputs, use_cache=False, **self._options(ids.shape[1])
                 ).last_hidden_state[0, len(prompt) - 1 : -1]
-                logits = output_head_of(self._model)(states).float()
+                logits = head(states).float()
                 loss = cross_entropy(logits, torch.tensor(list(target), device=device))
                 # The layers' hooks take what they need on the way; this gradient itself is unused.
                 torch.autograd.grad(loss, inputs)

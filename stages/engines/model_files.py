@@ -213,29 +213,10 @@ def _loaded(settings: ModelSettings) -> PreTrainedModel:
     return ready
 
 
-def decoder_of(model: PreTrainedModel) -> Any:
-    """The blocks without the output head."""
-    find: Callable[[], Any] = model.get_decoder
-    return find()
-
-
 def blocks_of(decoder: Any) -> Any:
     """A decoder's list of blocks, None where it has none under a known name."""
     # GPT-2 and its like call it `h`.
     return getattr(decoder, "layers", None) or getattr(decoder, "h", None)
-
-
-def output_head_of(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
-    r"""What turns final states into logits, bounded where the model bounds them.
-
-    .. math:: c \tanh(W h / c)
-
-    Source: Gemma 2 (arXiv 2408.00118), section 2.
-    """
-    find: Callable[[], Any] = model.get_output_embeddings
-    head: Callable[[torch.Tensor], torch.Tensor] = find()
-    bound = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return head if bound is None else lambda states: bound * (head(states) / bound).tanh()
 
 
 def set_threads(settings: ModelSettings) -> None:

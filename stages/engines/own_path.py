@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stages.engines.attention import shared_head_attention
-from stages.engines.model_files import blocks_of, decoder_of, output_head_of
+from stages.engines.model_files import blocks_of
+from stages.engines.output_head import decoder_of, output_head_of
 from stages.errors import EngineError
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ def own_gradients(
     import torch
 
     model.requires_grad_(False)
+    # It may ask the model's own forward, which must not meet the hook.
+    head = output_head_of(model)
     device = model.device
     row = torch.tensor([list(ids)], device=device)
     where = torch.tensor(list(places), dtype=torch.long, device=device)
@@ -81,7 +84,7 @@ def own_gradients(
     try:
         with _two_streams(model), torch.enable_grad():
             final = decoder_of(model)(input_ids=row, use_cache=False).last_hidden_state[1]
-            slope = _loss_slope(model, final[where].detach(), row[0, where + 1])
+            slope = _loss_slope(head, final[where].detach(), row[0, where + 1])
             full = torch.zeros_like(final).index_copy(0, where, slope)
             (gradient,) = torch.autograd.grad(final, held[1], full)
     finally:
@@ -157,12 +160,13 @@ def _second_stream(
     return read.reshape(heads, tokens, width).transpose(0, 1).unsqueeze(0)
 
 
-def _loss_slope(model: Any, final: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _loss_slope(
+    head: Callable[[torch.Tensor], torch.Tensor], final: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
     """Gradient of the summed loss with respect to final states, [tokens, d]."""
     import torch
     from torch.nn.functional import cross_entropy
 
-    head = output_head_of(model)
     slopes: list[torch.Tensor] = []
     for start in range(0, len(final), _LOGITS_CHUNK):
         part = slice(start, start + _LOGITS_CHUNK)

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from stages.engines import LatentCounts, MaskedSequence, RowConcepts, RowFeatures
 from stages.engines.batching import token_budget_batches
-from stages.engines.model_files import blocks_of, decoder_of, load_causal_lm, set_threads
+from stages.engines.model_files import blocks_of, load_causal_lm, set_threads
+from stages.engines.output_head import decoder_of
 from stages.engines.settings import ModelSettings
 from stages.errors import EngineError
 from stages.storage import Store

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from stages.engines import FirstTokens, LogLikelihoods, ScoreRequest, TokenIds
 from stages.engines.batching import token_budget_batches
-from stages.engines.model_files import decoder_of, load_causal_lm, output_head_of, set_threads
+from stages.engines.model_files import load_causal_lm, set_threads
+from stages.engines.output_head import decoder_of, output_head_of
 from stages.engines.packing import packed_states, packs_of, use_packed_attention
 from stages.engines.prefixes import SharedPrefix, shared_prefixes
 from stages.engines.settings import ModelSettings
@@ -46,12 +47,14 @@ class TransformersScorer:
         """Load the model.
 
         Raises:
-            EngineError: it can't be loaded.
+            EngineError: it can't be loaded, or makes its logits in an unknown way.
         """
         set_threads(settings)
         self._settings = settings
         self._model = load_causal_lm(settings)
         self._model.requires_grad_(False)
+        # The model's own forward is asked once, while it still attends as it was made to.
+        output_head_of(self._model)
         self._packed = use_packed_attention(self._model)
         self._gradients: tuple[tuple[int, int, int], LoraGradients] | None = None
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stages.engines import LogLikelihoods, MaskedSequence
-from stages.engines.model_files import blocks_of, decoder_of
+from stages.engines.model_files import blocks_of
+from stages.engines.output_head import decoder_of
 from stages.engines.prefixes import SharedPrefix
 from stages.engines.scorer import TransformersScorer
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from stages.engines import MaskedSequence
-from stages.engines.model_files import decoder_of, output_head_of
+from stages.engines.output_head import decoder_of, output_head_of
 from stages.pilots.settings import ProxySettings, ProxyTrainingSettings
 
 if TYPE_CHECKING:

@@ -72,6 +72,14 @@ class SelectionSettings(Settings):
         "or an anchor's; needs an embedding section.",
     )
 
+    overrides: str | None = Field(
+        default=None,
+        min_length=1,
+        description="File of what people decided: `id`, `decision` (keep or drop), and where you "
+        "like `reviewer` and `reason`. It goes before filters, scores and the cut, and doesn't "
+        "count in it; licences and anchors go before it.",
+    )
+
     def with_filter(self, last: Filter) -> SelectionSettings:
         """The same, with one more filter."""
         return self.model_copy(update={"filters": [*self.filters, last]})

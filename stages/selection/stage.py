@@ -22,6 +22,7 @@ from stages.rows import LABEL, Message, row_id
 from stages.rules import rule_columns, rule_mask
 from stages.selection.activation_coverage import ACTIVE, coverage_report
 from stages.selection.methods import method_of
+from stages.selection.overrides import DROPPED_BY, KEPT_BY, overrides_digest, read_overrides
 from stages.selection.ranking import FloatArray, IntArray, best_rows, id_order
 from stages.selection.semantic import SemanticDuplicates, vectors_of
 from stages.selection.settings import SelectionSettings
@@ -50,7 +51,7 @@ _REWRITTEN = ("instruction", "response", "both")
 """Outcomes of reflection after which a teacher's response stands."""
 
 _BYTES_PER_TOKEN = 4
-_WITH_DETAIL = ("duplicate_text", "duplicate_response", "semantic_duplicate", KEPT)
+_WITH_DETAIL = ("duplicate_text", "duplicate_response", "semantic_duplicate", DROPPED_BY, KEPT)
 """Reasons that end in something of one row alone."""
 
 
@@ -65,6 +66,7 @@ class _Rows:
         scores: float64 [n], NaN where there is none.
         lacking: rows without what the method ranks by, bool [n].
         tokens: int64 [n].
+        estimated: rows whose tokens no stage counted, bool [n].
         lists: the list column that the method ranks by, of the rows that it can rank.
     """
 
@@ -74,6 +76,7 @@ class _Rows:
     scores: FloatArray
     lacking: NDArray[np.bool_]
     tokens: IntArray
+    estimated: NDArray[np.bool_]
     lists: pa.ChunkedArray | None
 
 
@@ -114,6 +117,12 @@ class SelectionStage:
         if settings.semantic_duplicates is not None and "embedding" not in present:
             raise ConfigError("selection.semantic_duplicates needs an embedding section")
         self._named = tuple(sorted(named))
+        self._overrides = read_overrides(settings.overrides) if settings.overrides else {}
+
+    def file_contents(self) -> Mapping[str, str | None]:
+        """What people decided counts, wherever its file lies."""
+        chosen = self.settings.overrides
+        return {"overrides": overrides_digest(self._overrides) if chosen else None}
 
     def columns(self) -> Columns:
         """Ids, sources, effective texts, and the columns that it ranks by and its rules name."""
@@ -135,6 +144,7 @@ class SelectionStage:
         and about 130; with `semantic_duplicates` the vector of each kept row.
         """
         rows = self._passed(columns)
+        self._check_overrides(rows.ids)
         reasons = list(rows.reasons)
         for place in self._beyond_the_cut(rows):
             reasons[place] = "below_cut"
@@ -159,6 +169,7 @@ class SelectionStage:
             }
         ).cast(DECISIONS)
         report = self._report(rows.sources, reasons, keep)
+        report["tokens_are"] = _how_counted(int(keep.sum()), int((keep & rows.estimated).sum()))
         if self._counts_features:
             report["activation_coverage"] = coverage_report(columns, targets, keep)
         return Outcome({"decisions.parquet": decisions}, report)
@@ -171,6 +182,7 @@ class SelectionStage:
         scores: list[FloatArray] = []
         lacking: list[NDArray[np.bool_]] = []
         tokens: list[IntArray] = []
+        estimated: list[NDArray[np.bool_]] = []
         lists: list[pa.ChunkedArray] = []
         seen = self._anchor_texts(columns)
         responses: dict[bytes, str] = {}
@@ -187,7 +199,9 @@ class SelectionStage:
             reasons += shard
             scores.append(self._scores(table))
             lacking.append(np.array([name is not None for name in missing], dtype=bool))
-            tokens.append(self._tokens(table))
+            uncounted = self._uncounted(table)
+            estimated.append(uncounted)
+            tokens.append(_tokens(table, uncounted))
             if self._lists is not None:
                 able = [not (reason or none) for reason, none in zip(shard, missing, strict=True)]
                 lists.append(table[self._lists].filter(pa.array(able, pa.bool_())))
@@ -198,10 +212,27 @@ class SelectionStage:
             np.concatenate(scores),
             np.concatenate(lacking),
             np.concatenate(tokens),
+            np.concatenate(estimated),
             pa.chunked_array([chunk for column in lists for chunk in column.chunks], lists[0].type)
             if lists
             else None,
         )
+
+    def _check_overrides(self, ids: pa.ChunkedArray) -> None:
+        """Refuse decisions about rows that there aren't.
+
+        Raises:
+            StageError: naming them.
+        """
+        wanted = pa.array(sorted(self._overrides), pa.string())
+        absent = wanted.filter(pc.invert(pc.is_in(wanted, ids.combine_chunks()))).to_pylist()
+        if absent:
+            raise StageError(
+                f"selection.overrides decides about {len(absent)} rows that there aren't, such as "
+                f"{', '.join(absent[:3])}; their sources changed, or ingest rejected them "
+                "(`tamis why RUN ID` says): take them out of the file",
+                stage=self.name,
+            )
 
     def _anchor_texts(self, columns: ShardedColumns) -> dict[bytes, str]:
         """Texts that the user already trains on: they count as seen wherever they stand."""
@@ -236,6 +267,9 @@ class SelectionStage:
             for place, stated in enumerate(table["license"].to_pylist()):
                 if reasons[place] is None and not self._policy.allows(stated):
                     reasons[place] = f"license: {license_name(stated) or 'not stated'}"
+        for place, row in enumerate(table["id"].to_pylist() if self._overrides else ()):
+            if row in self._overrides and reasons[place] is None:
+                reasons[place] = self._overrides[row].reason
         for item in self.settings.filters:
             for place, met in enumerate(rule_mask(item.rule, table).to_pylist()):
                 if not met and reasons[place] is None:
@@ -264,9 +298,11 @@ class SelectionStage:
         ids, texts = table["id"].to_pylist(), table["effective_messages"].to_pylist()
         outcomes = table[_OUTCOME].to_pylist() if self._is_reflected else [None] * len(ids)
         for place, (row, messages, outcome) in enumerate(zip(ids, texts, outcomes, strict=True)):
-            if reasons[place] is not None:
-                continue
             text = _text_key(messages)
+            if (reason := reasons[place]) is not None:
+                if reason.startswith(KEPT):
+                    seen.setdefault(text, row)
+                continue
             response = _response_key(messages) if outcome in _REWRITTEN else None
             if text in seen:
                 reasons[place] = f"duplicate_text: {seen[text]}"
@@ -295,16 +331,11 @@ class SelectionStage:
             raise ConfigError(f"selection.score {self._score} is no number: {column.type}")
         return np.asarray(column.cast(pa.float64()).to_numpy(), np.float64)
 
-    def _tokens(self, table: pa.Table) -> IntArray:
-        if self._measured_tokens:
-            return np.asarray(table["tokens"].fill_null(0).to_numpy(), np.int64)
-        return np.array(
-            [
-                sum(len(turn["content"].encode()) for turn in messages) // _BYTES_PER_TOKEN + 1
-                for messages in table["effective_messages"].to_pylist()
-            ],
-            np.int64,
-        )
+    def _uncounted(self, table: pa.Table) -> NDArray[np.bool_]:
+        """Rows whose tokens no stage counted, bool [n]."""
+        if not self._measured_tokens:
+            return np.ones(table.num_rows, bool)
+        return np.asarray(table["tokens"].is_null().to_numpy(), bool)
 
     def _beyond_the_cut(self, rows: _Rows) -> list[int]:
         """Places of passing rows that rank behind the wanted number."""
@@ -362,8 +393,29 @@ class SelectionStage:
             "kept": int(keep.sum()),
             "reasons": dict(sorted(Counter(_code(reason) for reason in reasons).items())),
             "by_source": {name: dict(sorted(found.items())) for name, found in by_source.items()},
-            "tokens_are": "measured" if self._measured_tokens else "estimated: UTF-8 bytes / 4",
         }
+
+
+def _tokens(table: pa.Table, uncounted: NDArray[np.bool_]) -> IntArray:
+    """Tokens of each row's text, int64 [n]: as counted, else estimated from its bytes."""
+    if uncounted.all():
+        tokens = np.zeros(table.num_rows, np.int64)
+    else:
+        tokens = np.array(table["tokens"].fill_null(0).to_numpy(), np.int64)
+    texts = table["effective_messages"].filter(pa.array(uncounted)).to_pylist()
+    tokens[uncounted] = [
+        sum(len(turn["content"].encode()) for turn in messages) // _BYTES_PER_TOKEN + 1
+        for messages in texts
+    ]
+    return tokens
+
+
+def _how_counted(kept: int, estimated: int) -> str:
+    """Where the tokens of kept rows come from."""
+    if not estimated:
+        return "measured"
+    some = "" if estimated == kept else f" for {estimated:,} of {kept:,} kept rows"
+    return f"estimated{some}: UTF-8 bytes / {_BYTES_PER_TOKEN}"
 
 
 def _drop_semantic_duplicates(
@@ -428,4 +480,6 @@ def _code(reason: str | None) -> str:
     """The reason without what belongs to one row alone."""
     if reason is None:
         return KEPT
+    if reason.startswith(KEPT_BY):
+        return KEPT_BY
     return reason.split(":")[0] if reason.startswith(_WITH_DETAIL) else reason

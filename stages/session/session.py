@@ -233,7 +233,7 @@ class Session(Runner):
         scored = self._sections.get("difficulty")
         has_losses = {"loss_conditional", "response_tokens"} <= set(table.column_names)
         stage = ReflectionStage(
-            chosen,
+            chosen.without_sources(self._anchors),
             self._models,
             self.seed,
             difficulty=scored if isinstance(scored, DifficultySettings) and has_losses else None,
@@ -253,7 +253,9 @@ class Session(Runner):
     def prefixes(self, rows: Rows, **settings: Any) -> Rows:
         """Rows with the first tokens of a model's own solutions, to be trained on."""
         chosen = self._section("prefixes", PrefixesSettings, settings)
-        return self.with_columns(PrefixesStage(chosen, self._models, self.seed), rows)
+        return self.with_columns(
+            PrefixesStage(chosen.without_sources(self._anchors), self._models, self.seed), rows
+        )
 
     @takes(DictionarySettings)
     def dictionary(self, pool: object, targets: object = None, **settings: Any) -> Fitted:
@@ -324,7 +326,9 @@ class Session(Runner):
             settings: of `concepts`.
         """
         chosen = self._section("concepts", ConceptsSettings, settings)
-        stage = ConceptsStage(chosen, self._named(dictionary), self._models)
+        stage = ConceptsStage(
+            chosen.without_sources(self._anchors), self._named(dictionary), self._models
+        )
         return self.with_columns(stage, rows, {"dictionary": dictionary.store})
 
     @takes(EmbeddingSettings)
