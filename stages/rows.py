@@ -78,7 +78,8 @@ REJECTS = pa.schema(
 """A record that is no row of the run, with the reason and its text (cut at 10,000 characters).
 
 `id` is null where the record is no row at all; `kept` is the row that stays in a duplicate's place,
-and so the name of its cluster; `overlap` the words that it shares with a target or evaluation set.
+and so the name of its cluster (of an exact duplicate the row that it equals, which may be a near
+duplicate in turn); `overlap` the words that it shares with a target or evaluation set.
 """
 
 OK = "ok"
