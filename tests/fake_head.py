@@ -24,6 +24,7 @@ class Head:
         asked: the requests, such as `POST /api/jobs/x/stop`.
         bodies: of the jobs that were taken.
         before: done once before a request, by its text, is answered.
+        token: what it asks for; None for nothing.
         failing: how often a request fails yet, by its text, as `asked` has it.
         cut: whether it fails by ending the connection, and not by status 500.
     """
@@ -37,6 +38,7 @@ class Head:
         self.before: dict[str, Callable[[], None]] = {}
         self.failing: dict[str, int] = {}
         self.cut = False
+        self.token: str | None = None
 
     def put(self, job_id: str, status: str, exit_status: int | None = None, age: float = 0) -> None:
         self.jobs[job_id] = {
@@ -107,6 +109,8 @@ def fake_head() -> Iterator[Head]:
         def do_GET(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             status, value = head.answered(self.command, self.path, body)
+            if head.token and self.headers.get("Authorization") != f"Bearer {head.token}":
+                status, value = 401, "Unauthorized: Invalid or missing authentication token"
             if status == 500 and head.cut:
                 return
             text = value if isinstance(value, str | bytes) else json.dumps(value)

@@ -361,18 +361,20 @@ def test_clients_that_meet_an_ended_job_at_once_submit_it_once(
 @pytest.mark.slow
 def test_without_a_token_by_rays_own_client_and_by_ours(recipe: Any) -> None:
     ready(recipe)
+    del recipe.value["models"], recipe.value["difficulty"], recipe.value["selection"]
+    del recipe.value["targets"]
+    recipe.save()
     with ray_cluster(BIN, {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}) as address:
         off = {"RAY_AUTH_MODE": "disabled"}
         done = subprocess.run(
             [str(BIN / "ray"), "job", "submit", "--address", address, "--",
-             "python", "-m", "pipeline", "stage", "ingest", str(recipe.path)],
+             "python", "-m", "pipeline", "run", str(recipe.path)],
             capture_output=True, text=True, check=False, cwd=ROOT, env=environment(**off),
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
-        ours = tamis(
-            "submit", str(recipe.path), "--stage", "ingest", "--installed", "--address", address,
-            **off,
-        )  # fmt: skip
+        manifest = json.loads((recipe.run_folder / "dataset" / "manifest.json").read_text())
+        assert manifest["report"]["rows"] == 8
+        ours = tamis("submit", str(recipe.path), "--installed", "--address", address, **off)
         assert ours.returncode == 0, ours.stdout + ours.stderr
         assert "nothing to do" in ours.stdout
 

@@ -23,7 +23,7 @@ STAGES = {
     "difficulty": "gpu",
     "thinking": "gpu",
     "pass_rate": "gpu",
-    "allocation": "gpu",
+    "allocation": "cpu",
     "rollouts": "gpu",
     "reasoning": "gpu",
     "replies": "gpu",

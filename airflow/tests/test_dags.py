@@ -28,12 +28,12 @@ TINY = str(ROOT / "tests/recipes/tiny.yaml")
 
 
 def test_dag_files_are_imported_soon_and_load_nothing_of_ours(airflow_env: dict[str, str]) -> None:
+    # From a bare interpreter on: what Airflow itself takes counts too.
     code = """
-import sys, time
-from airflow.dag_processing.dagbag import DagBag
-import airflow.sdk, airflow.triggers.base, airflow.sdk.bases.hook, airflow.sdk.definitions.param
-import httpx
+import time
 started = time.monotonic()
+import sys
+from airflow.dag_processing.dagbag import DagBag
 bag = DagBag()
 took = time.monotonic() - started
 assert not bag.import_errors, bag.import_errors
@@ -42,12 +42,17 @@ loaded = {"pipeline", "stages", "ray", "torch", "transformers", "pyarrow"} & set
 assert not loaded, loaded
 print("TOOK", took)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=airflow_env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    took = float(done.stdout.split("TOOK")[1])
-    assert took < 2
+
+    def took() -> float:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=airflow_env, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return float(done.stdout.split("TOOK")[1])
+
+    # The machine has other things to do, beside a cluster and a service.
+    assert min(took() for _ in range(4)) < 2
 
 
 def test_stages_of_the_dag_are_those_of_the_flow() -> None:
@@ -169,6 +174,9 @@ def test_task_that_is_cleared_or_failed_while_it_waits_stops_its_job(
     wait_for(lambda: api.tasks("curate", started)["difficulty"]["state"] == "deferred")
     assert api.tasks("curate", started)["difficulty"]["try_number"] == 2
     assert part.stat().st_mtime_ns == committed
+    # A deferred task keeps its slot.
+    pool = api.ask("GET", "/pools/tamis_gpu")
+    assert (pool["slots"], pool["deferred_slots"], pool["open_slots"]) == (1, 1, 0)
     (name,) = [name for name, job in jobs_in(cluster, run).items() if job["status"] == "RUNNING"]
 
     place = f"/dags/curate/dagRuns/{started}/taskInstances/difficulty"

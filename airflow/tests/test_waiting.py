@@ -39,11 +39,13 @@ from tamis_ray_hook import LINES, Unanswered
 from tamis_ray_operator import TamisOperator, job_id_of
 from tamis_ray_trigger import RayJobTrigger, unseen
 
+TOKEN = "the token of a cluster"
+
 
 @pytest.fixture
 def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[Head]:
     with fake_head() as head:
-        connection = {"conn_type": "generic", "host": head.address, "password": "a secret token"}
+        connection = {"conn_type": "generic", "host": head.address, "password": TOKEN}
         monkeypatch.setenv("AIRFLOW_CONN_RAY_DEFAULT", json.dumps(connection))
         yield head
 
@@ -306,3 +308,60 @@ def test_retry_gives_the_job_that_it_finds_no_more_time(head: Head) -> None:
     assert ends == pytest.approx([time.time() + 3600] * 3, abs=60)
     head.put(job, "FAILED", 1, age=3600)
     assert deferred(task, 2).deadline == pytest.approx(time.time() + 7200, abs=60)
+
+
+MODEL_STAGES = """
+import json
+from pipeline.config import read_config
+from pipeline.flow import flow_of
+flow = flow_of(read_config("tests/recipes/tiny.yaml", [
+    "concepts={}", "valuation={}", "explanation={}", "pass_rate={max_new_tokens: 64}",
+    "prefixes={max_new_tokens: 64}", "thinking={model: student}", "baselines={scores: [gradient]}",
+    "reasoning={judge: teacher, max_new_tokens: 64}", "allocation={total: 100, gradient: one}",
+    "rollouts={}",
+]))
+stages = {**flow.rows, **flow.fits}
+print(json.dumps({name: bool(stage.engines()) for name, stage in stages.items()}))
+"""
+
+
+def test_stages_that_load_models_take_a_slot_of_the_pool() -> None:
+    done = subprocess.run(
+        [str(TAMIS_BIN / "python"), "-c", MODEL_STAGES],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    load = json.loads(done.stdout or "null")
+    assert load, done.stderr
+    pools = {task.task_id: task.pool for task in dag_of("curate").tasks}
+    assert {name: pools[name] == "tamis_gpu" for name in load} == load
+    assert dag_of("train_sae").get_task("train_sae").pool == "tamis_gpu"
+
+
+def test_secrets_reach_the_head_alone(
+    head: Head,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    head.token = TOKEN
+    monkeypatch.setenv("SOME_KEY", "secret of the worker")
+    variables = {"HF_TOKEN": "secret of the author"}
+    task = TamisOperator(task_id="x", command=["stage"], runtime_env={"env_vars": variables})
+    with caplog.at_level(logging.DEBUG):
+        trigger = deferred(task)
+        trigger._log = logging.getLogger("a task")
+        (body,) = head.bodies
+        assert body.pop("runtime_env") == {"env_vars": variables}
+        head.put(trigger.job_id, "SUCCEEDED", 0)
+        head.logs[trigger.job_id] = b'{"rows": 3, "run": "/r"}\n'
+        event = asyncio.run(anext(trigger.run())).payload
+        pushed = told_by(task, event)
+        head.token = "another"
+        with pytest.raises(AirflowFailException, match="refuses the token") as refused:
+            task.execute({"ti": instance(2)})
+    log = caplog.text + "".join(capfd.readouterr())
+    assert "stage --json" in log
+    assert '"rows": 3' in log
+    told = [body, trigger.serialize(), event, pushed, log, str(refused.value)]
+    for secret in (TOKEN, "secret of the worker", "secret of the author"):
+        assert secret not in repr(told)
