@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from stages.errors import ConfigError
 from stages.session.kinds import arrow_table, is_rows
-from stages.sources.readers import _plain
+from stages.sources.readers import plain
 from stages.sources.settings import Source
 from stages.storage import Store
 
@@ -91,4 +91,4 @@ def _json_value(value: Any) -> Any:
     known = pa.array(alone, from_pandas=True)[0].as_py()
     if isinstance(known, float):
         return None if math.isnan(known) else known
-    return _plain(known)
+    return plain(known)

@@ -477,18 +477,18 @@ def _parquet_record(
 ) -> Record | BadRecord:
     if fault is None:
         try:
-            return Record(file, number, {name: _plain(one) for name, one in value.items()})
+            return Record(file, number, {name: plain(one) for name, one in value.items()})
         except ValueError as error:
             fault = f"unparsable: {error}"
     return BadRecord(file, number, fault, shown(json.dumps(value, ensure_ascii=False, default=str)))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A Parquet value as JSON has it. NaN is null: that is how pandas writes a missing number."""
     if isinstance(value, dict):
-        return {str(name): _plain(one) for name, one in value.items()}
+        return {str(name): plain(one) for name, one in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
+        return [plain(one) for one in value]
     if isinstance(value, float):
         if math.isinf(value):
             raise ValueError("holds infinity, which is no JSON number")
