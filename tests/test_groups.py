@@ -102,7 +102,7 @@ class TestMeanShift:
         st.floats(0.01, 0.6),
         st.integers(1, 5),
     )
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     def test_every_group_is_large_and_narrow(
         self, counts: list[tuple[int, ...]], radius: float, min_size: int
     ) -> None:

@@ -387,7 +387,7 @@ def test_optimal_mixture_free_weights_equals_joint_lp_and_dual(seed):
     floor=st.floats(0, 0.15),
     cap=st.floats(0.5, 1),
 )
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 def test_optimal_mixture_random_problems_equals_joint_lp(seed, sources, rows, atoms, floor, cap):
     """T3: min_p F(p) by cuts = the joint LP by HiGHS, to 1e-6. Source: LP duality."""
     problem = gaussian_problem(seed, sources, rows, atoms)

@@ -134,7 +134,7 @@ def test_unreachable_recall_is_refused() -> None:
 
 
 @pytest.mark.parametrize("neighbours", [0, 4])
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50)
 @given(
     st.lists(
         st.lists(st.sampled_from("abcdefgh"), max_size=8).map(" ".join), min_size=1, max_size=14

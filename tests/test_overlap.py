@@ -28,7 +28,7 @@ def overlaps(text: str, unseen: str, n: int, short: int) -> bool:
 few_words = st.lists(st.sampled_from("abc"), max_size=9).map(" ".join)
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=400)
 @given(
     st.lists(few_words, max_size=4),
     st.lists(few_words, max_size=4),
@@ -91,7 +91,7 @@ TWINS = {
 
 
 @pytest.mark.parametrize("script", TWINS)
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(
     st.lists(few_words, max_size=4),
     st.lists(few_words, max_size=4),

@@ -35,7 +35,7 @@ def prompts(lines: list[dict[str, Any]]) -> set[str]:
     return {turn["content"] for line in lines for turn in line["messages"][:-1]}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(st.integers(0, 12), min_size=20, max_size=60),
     st.lists(st.integers(0, 12), min_size=60, max_size=60),
@@ -70,7 +70,7 @@ def test_no_prompt_is_on_both_sides(
     assert outcome.report["splits"] == {split: count for split, count in counts.items() if count}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.data())
 def test_side_of_a_prompt_depends_on_no_other_row(tmp_path_factory: Any, data: Any) -> None:
     """Nor on how often it is asked, on what a rewrite made of it, or on a smaller share."""

@@ -40,8 +40,6 @@ PACKED = {
 
 fuzzed = settings(
     max_examples=100,
-    deadline=None,
-    derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 

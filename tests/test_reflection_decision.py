@@ -122,7 +122,7 @@ def released(ori: Scores, q: Scores, a: Scores, qa: Scores) -> str | None:
 
 class TestGrid:
     @given(SCORES, SCORES, SCORES, SCORES)
-    @settings(max_examples=2000, derandomize=True)
+    @settings(max_examples=2000)
     def test_keeps_the_responses_that_the_released_selection_keeps(
         self, ori: Scores, q: Scores, a: Scores, qa: Scores
     ) -> None:
@@ -131,7 +131,7 @@ class TestGrid:
         assert version == kept or (kept is None and version in ("none", "instruction"))
 
     @given(SCORES, SCORES, SCORES, SCORES, st.lists(st.booleans(), min_size=7, max_size=7))
-    @settings(max_examples=1000, derandomize=True)
+    @settings(max_examples=1000)
     def test_a_missing_score_or_text_is_one_that_compares_false(
         self, ori: Scores, q: Scores, a: Scores, qa: Scores, gone: list[bool]
     ) -> None:
@@ -148,7 +148,7 @@ class TestGrid:
         assert choose_in_grid(first, *rest) == compared
 
     @given(SCORES, SCORES, SCORES, SCORES)
-    @settings(max_examples=1000, derandomize=True)
+    @settings(max_examples=1000)
     def test_an_instruction_stands_alone_where_it_won_and_fits(
         self, ori: Scores, q: Scores, a: Scores, qa: Scores
     ) -> None:

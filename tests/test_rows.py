@@ -28,7 +28,7 @@ def digest(messages: list[Any], tools: str | None) -> str:
     return hashlib.blake2b(canonical_json(value).encode(), digest_size=16).hexdigest()
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 @given(st.lists(turn, max_size=4), st.none() | texts)
 def test_ids_are_digests_of_canonical_json(messages: list[Any], tools: str | None) -> None:
     answered = bool(messages) and messages[-1]["role"] == "assistant"

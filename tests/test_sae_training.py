@@ -465,7 +465,7 @@ def numbered(sizes: list[int]) -> Iterator[Tensor]:
         start += size
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     sizes=some.lists(some.integers(1, 40), max_size=30),
     batch=some.integers(1, 12),

@@ -50,7 +50,7 @@ def plain_greedy(rows: list[set[int]], count: int, score: Any, diversity: float)
     return picks
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(FEATURE_SETS, st.integers(0, 16), st.sampled_from([0.0, 0.3, 0.5, 1.0]), st.data())
 def test_greedy_picks_what_the_plain_greedy_picks(
     rows: list[set[int]], count: int, diversity: float, data: Any
@@ -63,7 +63,7 @@ def test_greedy_picks_what_the_plain_greedy_picks(
     assert found.tolist() == plain_greedy(rows, count, score, diversity)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(FEATURE_SETS, st.permutations(range(14)))
 def test_greedy_of_some_rows_breaks_ties_in_the_order_given(
     rows: list[set[int]], shuffled: list[int]
@@ -74,7 +74,7 @@ def test_greedy_of_some_rows_breaks_ties_in_the_order_given(
     assert found.tolist() == [order[i] for i in plain]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.sets(st.integers(0, 9), max_size=5), min_size=4, max_size=8))
 def test_greedy_before_a_reset_covers_its_share_of_the_best(rows: list[set[int]]) -> None:
     """|C| >= (1 - 1/e) max over sets of as many rows (Nemhauser et al. 1978)."""
@@ -94,7 +94,7 @@ def plain_round_robin(scores: np.ndarray, count: int) -> list[int]:
     return used
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(1, 6), st.integers(1, 30), st.integers(0, 30), st.integers(0, 10_000))
 def test_round_robin_equals_the_plain_one(targets: int, n: int, count: int, seed: int) -> None:
     scores = np.random.default_rng(seed).integers(0, 5, (targets, n)).astype(np.float32)
@@ -108,7 +108,7 @@ def test_round_robin_reads_on_when_others_took_a_targets_best() -> None:
     assert round_robin(scores, 600).tolist() == list(range(600))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(st.one_of(st.sampled_from([0.0, 1.0, -2.5, float("nan")]), st.floats(-3, 3))),
     st.integers(0, 12),

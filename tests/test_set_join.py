@@ -27,7 +27,7 @@ small = st.sets(st.integers(0, 11), min_size=1)
 
 
 @pytest.mark.parametrize("at_once", [1, 1_000_000])
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 @given(
     st.lists(st.tuples(small, st.integers(0, 3)), max_size=14),
     st.sampled_from([0.1, 1 / 3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]),

@@ -164,7 +164,7 @@ def words_text() -> st.SearchStrategy[str]:
 
 
 class TestNgrams:
-    @settings(max_examples=200, deadline=None, derandomize=True)
+    @settings(max_examples=200)
     @given(st.lists(words_text(), max_size=4), words_text(), st.integers(1, 4))
     def test_containment_is_that_of_a_search_for_every_run(
         self, problems: list[str], text: str, n: int
@@ -200,7 +200,7 @@ class TestNgrams:
         assert repeated_share("", 2) == 0
         assert repeated_share("a", 2) == 0
 
-    @settings(max_examples=100, deadline=None, derandomize=True)
+    @settings(max_examples=100)
     @given(words_text(), st.integers(1, 4))
     def test_runs_cover_the_text_in_order(self, text: str, n: int) -> None:
         grams = word_ngrams(text, n)

@@ -72,14 +72,14 @@ def test_no_format_control_is_a_word() -> None:
     assert words("".join(controls)) == []
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(st.text(alphabet=st.characters(max_codepoint=127), max_size=60))
 def test_plain_text_takes_the_same_path_as_any_other(text: str) -> None:
     # A word that isn't ASCII sends the text through NFKC and the pattern.
     assert words(text + " é") == [*words(text), "é"]
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(texts, st.integers(1, 4))
 def test_ngrams_have_equal_numbers_where_they_are_equal(found: list[str], n: int) -> None:
     numbers, before = hashed_words(found).ngrams(n)
@@ -94,7 +94,7 @@ def test_ngrams_have_equal_numbers_where_they_are_equal(found: list[str], n: int
     assert all((a == b) == (m == k) for a, m in pairs for b, k in pairs)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 @given(st.lists(st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(ODD)))))
 def test_hashed_words_are_the_words_of_any_text(found: list[str]) -> None:
     numbers, before = hashed_words(found).ngrams(1)
