@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +260,16 @@ def drivers(run: Path) -> list[int]:
             continue
         if "pipeline" in words and places(run) & set(words):
             found.append(int(entry.parent.name))
+    return found
+
+
+def supervisors() -> set[int]:
+    """Process ids of what Ray runs beside each driver, and for a moment after it."""
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if entry.read_bytes().startswith(b"ray::JobSupervisor"):
+                found.add(int(entry.parent.name))
     return found
 
 
