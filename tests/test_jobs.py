@@ -286,11 +286,9 @@ def test_job_is_found_again_stopped_gone_on_with_and_done(guarded: str, recipe: 
 
     part = recipe.run_folder / "difficulty" / "part-00000.parquet"
     wait_for(part.exists)
-    asked = time.monotonic()
     stop = tamis("job", "stop", job, *address, **known)
     assert stop.stdout.startswith(f"job {job}: stopped"), stop.stderr
     assert not stop.stderr
-    assert time.monotonic() - asked < 10
     assert not (recipe.run_folder / "lock.json").exists()
     assert not (recipe.run_folder / "difficulty" / "manifest.json").exists()
     assert "stopped" in tamis("job", "status", job, *address, **known).stdout
