@@ -38,7 +38,10 @@ def output_head_of(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Ten
         EngineError: the model makes its logits otherwise.
     """
     if _FOUND not in vars(model):
-        vars(model)[_FOUND] = _factor_of(model)
+        factor = _factor_of(model)
+        if factor is None:
+            return _head(model, 1.0)
+        vars(model)[_FOUND] = factor
     return _head(model, vars(model)[_FOUND])
 
 
@@ -51,7 +54,8 @@ def _head(model: PreTrainedModel, factor: float) -> Callable[[torch.Tensor], tor
     return lambda states: bound * (factor * head(states) / bound).tanh()
 
 
-def _factor_of(model: PreTrainedModel) -> float:
+def _factor_of(model: PreTrainedModel) -> float | None:
+    """What the model scales its logits by; None where they are no numbers, which tell nothing."""
     import torch
 
     ids = torch.arange(_PROBED, device=model.device)[None]
@@ -59,6 +63,8 @@ def _factor_of(model: PreTrainedModel) -> float:
     with torch.no_grad():
         states = decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
         logits = forward(input_ids=ids, use_cache=False).logits[0].float()
+        if not logits.isfinite().all():
+            return None
         for factor in _candidates(model.config.get_text_config()):
             furthest = (_head(model, factor)(states).float() - logits).abs().max()
             if furthest <= _NEAR * logits.abs().max():
