@@ -293,7 +293,7 @@ class Config(Recipe):
         recipe["models"] = {name: model.portable() for name, model in self.models.items()}
         if self.reflection and self.reflection.prompts:
             recipe["reflection"]["prompts"] = os.path.basename(self.reflection.prompts)
-        if self.selection and self.selection.overrides:
+        if self.selection.overrides:
             recipe["selection"]["overrides"] = os.path.basename(self.selection.overrides)
         brought = recipe["dictionary"]
         if brought and brought["path"] and "://" not in brought["path"]:

@@ -14,6 +14,9 @@ from stages.errors import ConfigError
 from stages.explained import explained
 from stages.storage import read_file
 
+_FILES = (("reflection", "prompts"), ("selection", "overrides"), ("dictionary", "path"))
+"""Fields of sections that name a file, taken from the recipe's folder."""
+
 RecipeT = TypeVar("RecipeT", bound=BaseModel)
 
 
@@ -113,15 +116,10 @@ def resolve_paths(raw: dict[str, Any], path: str) -> None:
             reference = _expanded(model["model"])
             local = reference.startswith((".", "~")) or reference.endswith(".gguf")
             model["model"] = _located(reference, folder) if local else reference
-    reflection = raw.get("reflection")
-    if isinstance(reflection, dict) and isinstance(reflection.get("prompts"), str):
-        reflection["prompts"] = _located(_expanded(reflection["prompts"]), folder)
-    selection = raw.get("selection")
-    if isinstance(selection, dict) and isinstance(selection.get("overrides"), str):
-        selection["overrides"] = _located(_expanded(selection["overrides"]), folder)
-    dictionary = raw.get("dictionary")
-    if isinstance(dictionary, dict) and isinstance(dictionary.get("path"), str):
-        dictionary["path"] = _located(_expanded(dictionary["path"]), folder)
+    for name, field in _FILES:
+        section = raw.get(name)
+        if isinstance(section, dict) and isinstance(section.get(field), str):
+            section[field] = _located(_expanded(section[field]), folder)
     execution = raw.get("execution")
     for key in ("run", "cache"):
         if isinstance(execution, dict) and isinstance(execution.get(key), str):

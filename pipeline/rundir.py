@@ -377,17 +377,20 @@ class RunLock:
             held = _note_in(self._run.read_bytes(LOCK))
         except FileNotFoundError:
             return False
-        mine = _note_in(self._note())
-        return all(held.get(name) == mine[name] for name in ("pid", "started", "host"))
+        return all(held.get(name) == value for name, value in _this_process().items())
 
     def _note(self) -> bytes:
-        note = {
-            "pid": os.getpid(),
-            "started": psutil.Process().create_time(),
-            "host": socket.gethostname(),
-            "beat": round(time.time()),
-        }
+        note = {**_this_process(), "beat": round(time.time())}
         return f"{json.dumps(note)}\n".encode()
+
+
+def _this_process() -> dict[str, Any]:
+    """What tells this process from every other, as a lock says it."""
+    return {
+        "pid": os.getpid(),
+        "started": psutil.Process().create_time(),
+        "host": socket.gethostname(),
+    }
 
 
 def _note_in(lock: bytes) -> Mapping[str, Any]:

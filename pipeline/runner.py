@@ -226,15 +226,17 @@ class Run:
     def is_done(self, name: str) -> bool:
         """Whether a run would find nothing to do in a stage, and in all that it reads."""
         manifest = read_manifest(self.store, name)
-        if manifest is None or not self._is_current(name, manifest, self.inputs(name)):
+        if manifest is None:
+            return False
+        inputs = self.inputs(name)
+        if not self._is_current(name, manifest, inputs):
             return False
         if name == "ingest":
             return True
         if name in self.flow.fits and not self._refits(name):
             # It stays as it is while rows come and go.
-            reads_targets = "targets" in self.inputs(name)
             made_of = self.flow.fits[name].artifacts()
-            return not (reads_targets and self._targets_changed()) and all(
+            return not ("targets" in inputs and self._targets_changed()) and all(
                 self.is_done(artifact) for artifact in made_of if artifact != UNSEEN
             )
         return all(self.is_done(earlier) for earlier in self._reads(name))

@@ -26,15 +26,16 @@ def overlaps(text: str, unseen: str, n: int, short: int) -> bool:
 
 
 few_words = st.lists(st.sampled_from("abc"), max_size=9).map(" ".join)
-
-
-@settings(max_examples=400)
-@given(
+problems = given(
     st.lists(few_words, max_size=4),
     st.lists(few_words, max_size=4),
     st.integers(2, 5),
     st.integers(1, 5),
 )
+
+
+@settings(max_examples=400)
+@problems
 def test_every_overlap_is_found_and_no_other(
     found: list[str], unseen: Sequence[str], n: int, short: int
 ) -> None:
@@ -92,12 +93,7 @@ TWINS = {
 
 @pytest.mark.parametrize("script", TWINS)
 @settings(max_examples=200)
-@given(
-    st.lists(few_words, max_size=4),
-    st.lists(few_words, max_size=4),
-    st.integers(2, 5),
-    st.integers(1, 5),
-)
+@problems
 def test_scripts_without_spaces_overlap_where_their_words_do(
     script: str, found: list[str], unseen: list[str], n: int, short: int
 ) -> None:

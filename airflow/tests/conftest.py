@@ -250,27 +250,24 @@ def places(run: Path) -> set[str]:
     return {f"execution.run={run}", f"execution.run={json.dumps(str(run))}"}
 
 
+def command_lines() -> Iterator[tuple[int, list[str]]]:
+    """Ids of the processes that there are, and the words of their commands."""
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        # A process may end meanwhile.
+        with suppress(OSError):
+            yield int(entry.parent.name), entry.read_bytes().decode(errors="replace").split("\0")
+
+
 def drivers(run: Path) -> list[int]:
     """Process ids of the drivers that work in a run directory."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = entry.read_bytes().decode().split("\0")
-        except OSError:
-            continue
-        if "pipeline" in words and places(run) & set(words):
-            found.append(int(entry.parent.name))
-    return found
+    return [
+        pid for pid, words in command_lines() if "pipeline" in words and places(run) & set(words)
+    ]
 
 
 def supervisors() -> set[int]:
     """Process ids of what Ray runs beside each driver, and for a moment after it."""
-    found = set()
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError):
-            if entry.read_bytes().startswith(b"ray::JobSupervisor"):
-                found.add(int(entry.parent.name))
-    return found
+    return {pid for pid, words in command_lines() if words[0].startswith("ray::JobSupervisor")}
 
 
 def jobs_in(cluster: str, run: Path) -> dict[str, dict[str, Any]]:

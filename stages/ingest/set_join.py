@@ -61,6 +61,7 @@ def pairs_to_verify(
     lengths = sizes - least_common(sizes, threshold) + 1
     short = sizes - least_common(sizes, 2 * threshold / (1 + threshold)) + 1
     probed, indexed = _prefixes(sets, lengths), _prefixes(sets, short)
+    last_probed, last_indexed = _last(probed), _last(indexed)
     # Pairs inside a cluster are of no use, and most of them are inside the largest.
     inside = clusters == np.bincount(clusters).argmax()
     for probing, against in ((~inside, np.full(len(sizes), True)), (inside, ~inside)):
@@ -70,7 +71,7 @@ def pairs_to_verify(
             wanted = (y < x) & (clusters[x] != clusters[y])
             x, y, common = x[wanted], y[wanted], common[wanted]
             # What both hold beyond the prefixes stands behind the one that ends first.
-            ends_first = _last(probed)[x] < _last(indexed)[y]
+            ends_first = last_probed[x] < last_indexed[y]
             rest = np.where(ends_first, sizes[x] - lengths[x], sizes[y] - short[y])
             needed = least_common(sizes[x] + sizes[y], threshold / (1 + threshold))
             likely = common + rest >= needed
